@@ -1,0 +1,69 @@
+"""Cross-layer transcoders: read one MLP's input, write to the outputs of that MLP and all later ones.
+
+Lindsey et al. 2024, Ameisen et al. 2025. One object is the part of the CLT that reads one layer. Inference only.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from replacement.activation import Activation
+from replacement.dictionary import Dictionary
+from replacement.errors import InputError
+
+
+class CrossLayerTranscoder(Dictionary):
+    """`a = act(x_l W_enc^T + b_enc)`; adds `a W_dec[:, j]` at layer `l + j`, and `b_dec` once at layer l."""
+
+    kind = "cross_layer_transcoder"
+    W_enc: nn.Parameter  # [n_features, d_in]
+    b_enc: nn.Parameter  # [n_features]
+    W_dec: nn.Parameter  # [n_features, n_writes, d_out], slot j writes at layer + j
+    b_dec: nn.Parameter  # [d_out]
+    W_skip = None
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        read: str,
+        write: str,
+        W_enc: Float[Tensor, "n_features d_in"],
+        b_enc: Float[Tensor, " n_features"],
+        W_dec: Float[Tensor, "n_features n_writes d_out"],
+        b_dec: Float[Tensor, " d_out"],
+        activation: Activation,
+    ) -> None:
+        super().__init__()
+        self.layer, self.read, self.write = layer, read, write
+        self.n_features, self.d_in = W_enc.shape
+        if W_dec.ndim != 3 or W_dec.shape[0] != self.n_features or b_enc.shape != (self.n_features,):
+            raise InputError(
+                f"cross-layer transcoder of layer {layer}: W_dec has shape {list(W_dec.shape)} and b_enc "
+                f"{list(b_enc.shape)}, needs [{self.n_features}, n_writes, d_out] and [{self.n_features}] to fit W_enc {list(W_enc.shape)}"
+            )
+        self.d_out = W_dec.shape[2]
+        if b_dec.shape != (self.d_out,):
+            raise InputError(
+                f"cross-layer transcoder of layer {layer}: b_dec has shape {list(b_dec.shape)}, needs [{self.d_out}]"
+            )
+        self.write_layers = tuple(range(layer, layer + W_dec.shape[1]))
+        self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
+        self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
+        self.activation = activation
+
+    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... n_features"]:
+        return self.activation(F.linear(x, self.W_enc, self.b_enc))
+
+    def encoder_rows(
+        self, features: Int[Tensor, " n"], x: Float[Tensor, "n d_in"]
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " n"]]:
+        return self.W_enc[features], self.b_enc[features]
+
+    def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
+        return self.W_dec[features, layer - self.layer]
+
+    def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
+        return activations @ self.W_dec[:, layer - self.layer]

@@ -1,0 +1,115 @@
+"""A model's own MLP neurons as a dictionary: the baseline that needs no training.
+
+One feature per hidden unit. A neuron is no affine function of its input, so its encoder row is the ratio rule's at that
+input (RelP; Jafari et al. 2025): the gate `act(g)` of a gated MLP, or the ratio `act(pre) / pre` of a plain one, is
+held at its value. Rows then still add up to the activation exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from replacement.dictionary import Dictionary, DictionarySet
+from replacement.errors import InputError
+
+
+class Neurons(Dictionary):
+    """`a = act(x W_gate^T + b_gate) * (x W_enc^T + b_enc)`, or `act(x W_enc^T + b_enc)` without a gate; writes `a
+    W_dec + b_dec`."""
+
+    kind = "neurons"
+    W_skip = None
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        read: str,
+        write: str,
+        W_enc: Float[Tensor, "n_features d_in"],
+        b_enc: Float[Tensor, " n_features"],
+        W_gate: Float[Tensor, "n_features d_in"] | None,
+        b_gate: Float[Tensor, " n_features"] | None,
+        W_dec: Float[Tensor, "n_features d_out"],
+        b_dec: Float[Tensor, " d_out"],
+        nonlinearity: Callable[[Tensor], Tensor],
+    ) -> None:
+        super().__init__()
+        self.layer, self.read, self.write, self.write_layers = layer, read, write, (layer,)
+        self.n_features, self.d_in = W_enc.shape
+        self.d_out = W_dec.shape[1]
+        self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
+        self.W_gate = None if W_gate is None else nn.Parameter(W_gate)
+        self.b_gate = None if b_gate is None else nn.Parameter(b_gate)
+        self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
+        self.nonlinearity = nonlinearity
+
+    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... n_features"]:
+        pre = F.linear(x, self.W_enc, self.b_enc)
+        if self.W_gate is None:
+            return self.nonlinearity(pre)
+        return self.nonlinearity(F.linear(x, self.W_gate, self.b_gate)) * pre
+
+    def encoder_rows(
+        self, features: Int[Tensor, " n"], x: Float[Tensor, "n d_in"]
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " n"]]:
+        rows, biases = self.W_enc[features], self.b_enc[features]
+        pre = (rows * x).sum(-1) + biases
+        if self.W_gate is None:
+            factor = torch.where(pre == 0, torch.zeros_like(pre), self.nonlinearity(pre) / pre)
+        else:
+            gate = (self.W_gate[features] * x).sum(-1)
+            factor = self.nonlinearity(gate if self.b_gate is None else gate + self.b_gate[features])
+        return rows * factor[:, None], biases * factor
+
+    def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
+        assert layer == self.layer
+        return self.W_dec[features]
+
+    def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
+        assert layer == self.layer
+        return activations @ self.W_dec
+
+
+def neurons(bridge: Any, dtype: torch.dtype) -> DictionarySet:
+    """Every MLP neuron of a TransformerBridge as a feature."""
+    from transformer_lens.model_bridge.generalized_components.gated_mlp import resolve_activation_fn
+
+    def rows(weight: Tensor) -> Tensor:
+        return weight.detach().to(dtype).contiguous()
+
+    by_layer: dict[int, Dictionary] = {}
+    for layer, block in enumerate(bridge.blocks):
+        mlp = block.mlp
+        try:
+            W_in, W_out = mlp.W_in, mlp.W_out  # [d_model, d_mlp], [d_mlp, d_model]
+        except AttributeError as error:
+            raise InputError(
+                f"neurons of layer {layer}: this architecture's MLP shows no W_in, W_out ({error})"
+            ) from error
+        W_gate = getattr(mlp, "W_gate", None)
+        d_model, width = W_in.shape
+        by_layer[layer] = Neurons(
+            layer=layer,
+            read="mlp.hook_in",
+            write="mlp.hook_out",
+            W_enc=rows(W_in.T),
+            b_enc=_bias(mlp, "b_in", W_in, width, dtype),
+            W_gate=None if W_gate is None else rows(W_gate.T),
+            b_gate=None if W_gate is None else _bias(mlp, "b_gate", W_in, width, dtype),
+            W_dec=rows(W_out),
+            b_dec=_bias(mlp, "b_out", W_in, d_model, dtype),
+            nonlinearity=resolve_activation_fn(bridge.cfg),
+        )
+    return DictionarySet(by_layer, "neurons")
+
+
+def _bias(mlp: Any, name: str, like: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    bias = getattr(mlp, name, None)
+    return torch.zeros(width, dtype=dtype, device=like.device) if bias is None else bias.detach().to(dtype)

@@ -1,0 +1,102 @@
+"""Per-layer transcoders, with or without a skip connection.
+
+Dunefsky et al. 2024 (transcoder), Paulo et al. 2025 (skip transcoder): read an MLP's input, write its output.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from replacement.activation import Activation
+from replacement.dictionary import Dictionary
+from replacement.errors import InputError
+
+
+class Transcoder(Dictionary):
+    """`y = act(x W_enc^T + b_enc) W_dec + b_dec (+ x W_skip^T)`, one feature per row of `W_enc` and `W_dec`."""
+
+    kind = "transcoder"
+    W_enc: nn.Parameter  # [n_features, d_in]
+    b_enc: nn.Parameter  # [n_features]
+    W_dec: nn.Parameter  # [n_features, d_out]
+    b_dec: nn.Parameter  # [d_out]
+    W_skip: nn.Parameter | None  # [d_out, d_in]
+
+    def __init__(
+        self,
+        *,
+        layer: int,
+        read: str,
+        write: str,
+        W_enc: Float[Tensor, "n_features d_in"],
+        b_enc: Float[Tensor, " n_features"],
+        W_dec: Float[Tensor, "n_features d_out"],
+        b_dec: Float[Tensor, " d_out"],
+        activation: Activation,
+        W_skip: Float[Tensor, "d_out d_in"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer, self.read, self.write, self.write_layers = layer, read, write, (layer,)
+        self.n_features, self.d_in = W_enc.shape
+        self.d_out = W_dec.shape[1]
+        expected = {
+            "b_enc": (b_enc, (self.n_features,)),
+            "W_dec": (W_dec, (self.n_features, self.d_out)),
+            "b_dec": (b_dec, (self.d_out,)),
+            "W_skip": (W_skip, (self.d_out, self.d_in)),
+        }
+        for name, (tensor, shape) in expected.items():
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise InputError(
+                    f"transcoder of layer {layer}: {name} has shape {list(tensor.shape)}, needs {list(shape)} "
+                    f"to fit W_enc {list(W_enc.shape)} and W_dec {list(W_dec.shape)}"
+                )
+        self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
+        self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
+        self.W_skip = None if W_skip is None else nn.Parameter(W_skip)
+        self.activation = activation
+
+    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... n_features"]:
+        return self.activation(F.linear(x, self.W_enc, self.b_enc))
+
+    def encoder_rows(
+        self, features: Int[Tensor, " n"], x: Float[Tensor, "n d_in"]
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " n"]]:
+        return self.W_enc[features], self.b_enc[features]
+
+    def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
+        assert layer == self.layer
+        return self.W_dec[features]
+
+    def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
+        assert layer == self.layer
+        return activations @ self.W_dec
+
+    def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """The approximation of the MLP's output at input x."""
+        return self.decode(self.encode(x), self.layer) + self.b_dec + self.skip(x)
+
+
+def random_transcoder(
+    *, layer: int, read: str, write: str, n_features: int, d_model: int, activation: Activation, skip: bool, seed: int
+) -> Transcoder:
+    """A transcoder with random weights: the control that a trained one has to beat, and material for tests."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return Transcoder(
+        layer=layer,
+        read=read,
+        write=write,
+        W_enc=normal(n_features, d_model) / d_model**0.5,
+        b_enc=0.1 * normal(n_features),
+        W_dec=normal(n_features, d_model) / n_features**0.5,
+        b_dec=0.1 * normal(d_model),
+        activation=activation,
+        W_skip=0.3 * normal(d_model, d_model) / d_model**0.5 if skip else None,
+    )
