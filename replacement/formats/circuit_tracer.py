@@ -1,0 +1,95 @@
+"""circuit-tracer's folders: `config.yaml` beside one safetensors file a layer (transcoders) or two (cross-layer)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from replacement.activation import Activation, JumpReLU, ReLU, TopK
+from replacement.cross_layer import CrossLayerTranscoder
+from replacement.dictionary import Dictionary, DictionarySet
+from replacement.errors import InputError
+from replacement.formats.tensors import read_tensors, take
+from replacement.transcoder import Transcoder
+
+EXPECTS = "config.yaml with model_kind and layer_0.safetensors or W_enc_0.safetensors (circuit-tracer)"
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder looks like this format."""
+    return (folder / "config.yaml").is_file()
+
+
+def load(folder: Path) -> DictionarySet:
+    """Read a set of per-layer transcoders or a cross-layer transcoder."""
+    config = _read_config(folder / "config.yaml")
+    kind = config.get("model_kind")
+    readers = {
+        "transcoder_set": (_load_transcoder, "layer_{}.safetensors"),
+        "cross_layer_transcoder": (_load_cross_layer, "W_enc_{}.safetensors"),
+    }
+    if kind not in readers:
+        raise InputError(f"{folder / 'config.yaml'}: model_kind is {kind!r}, needs one of {', '.join(readers)}")
+    reader, pattern = readers[kind]
+    n_layers = 0
+    while (folder / pattern.format(n_layers)).is_file():
+        n_layers += 1
+    if n_layers == 0:
+        raise InputError(f"{folder}: lacks {pattern.format(0)}, which a {kind} needs")
+    by_layer = {layer: reader(folder, layer, config) for layer in range(n_layers)}
+    return DictionarySet(by_layer, str(config.get("scan") or folder), metadata=config)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not readable YAML ({' '.join(str(error).split())[:120]})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: needs a mapping with model_kind, feature_input_hook and feature_output_hook")
+    for key in ("feature_input_hook", "feature_output_hook"):
+        if not isinstance(config.get(key), str):
+            raise InputError(f"{path}: lacks {key}")
+    return config
+
+
+def _activation(config: dict[str, Any], threshold: Tensor | None) -> Activation:
+    """TopK where the config says so (the format's own loader does not, and reloads such sets as ReLU)."""
+    k = config.get("topk") or config.get("k")
+    if k is not None:
+        return TopK(int(k))
+    return ReLU() if threshold is None else JumpReLU(threshold)
+
+
+def _load_transcoder(folder: Path, layer: int, config: dict[str, Any]) -> Dictionary:
+    path = folder / f"layer_{layer}.safetensors"
+    tensors = read_tensors(path)
+    return Transcoder(
+        layer=layer,
+        read=config["feature_input_hook"],
+        write=config["feature_output_hook"],
+        W_enc=take(tensors, "W_enc", 2, path),
+        b_enc=take(tensors, "b_enc", 1, path),
+        W_dec=take(tensors, "W_dec", 2, path),
+        b_dec=take(tensors, "b_dec", 1, path),
+        W_skip=tensors.get("W_skip"),
+        activation=_activation(config, tensors.get("activation_function.threshold")),
+    )
+
+
+def _load_cross_layer(folder: Path, layer: int, config: dict[str, Any]) -> Dictionary:
+    path, decoder_path = folder / f"W_enc_{layer}.safetensors", folder / f"W_dec_{layer}.safetensors"
+    tensors, decoder = read_tensors(path), read_tensors(decoder_path)
+    return CrossLayerTranscoder(
+        layer=layer,
+        read=config["feature_input_hook"],
+        write=config["feature_output_hook"],
+        W_enc=take(tensors, f"W_enc_{layer}", 2, path),
+        b_enc=take(tensors, f"b_enc_{layer}", 1, path),
+        W_dec=take(decoder, f"W_dec_{layer}", 3, decoder_path),
+        b_dec=take(tensors, f"b_dec_{layer}", 1, path),
+        activation=_activation(config, tensors.get(f"threshold_{layer}")),
+    )

@@ -1,0 +1,171 @@
+"""The project's own folders: `config.json`, one safetensors file a dictionary, `labels.json` with words for features.
+
+`config.json` lists the dictionaries with kind, layer, sites and activation, and carries free metadata (how they were
+trained). Tensors keep the project's names, one feature per row. `labels.json` maps layer to feature to words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from replacement.activation import JumpReLU, build_activation
+from replacement.cross_layer import CrossLayerTranscoder
+from replacement.dictionary import Dictionary, DictionarySet
+from replacement.errors import InputError
+from replacement.formats.tensors import read_tensors, take
+from replacement.transcoder import Transcoder
+
+FORMAT = "circuits-dictionaries"
+VERSION = 1
+EXPECTS = "config.json that says circuits-dictionaries"
+_DECODER_AXES = {Transcoder.kind: 2, CrossLayerTranscoder.kind: 3}
+
+
+def recognises(folder: Path) -> bool:
+    """Whether the folder looks like this format."""
+    path = folder / "config.json"
+    return path.is_file() and FORMAT in path.read_text(encoding="utf-8", errors="replace")
+
+
+def save(
+    dictionaries: DictionarySet,
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    metadata: Mapping[str, object] | None = None,
+) -> None:
+    """Write a set; every file appears whole, `config.json` last.
+
+    dtype: "float32", "float16", "bfloat16" or "float64" of the stored tensors. metadata: JSON values, kept in the
+        config.
+    """
+    import torch
+
+    folder, stored = Path(folder), getattr(torch, dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for dictionary in dictionaries:
+        if dictionary.kind not in _DECODER_AXES:
+            raise InputError(
+                f"save: dictionaries of kind {dictionary.kind!r} are not stored; known: {', '.join(_DECODER_AXES)}"
+            )
+        name = f"layer_{dictionary.layer}.safetensors"
+        tensors = {key: value.detach().to(stored).contiguous() for key, value in _tensors(dictionary).items()}
+        if isinstance(dictionary.activation, JumpReLU):  # thresholds decide what fires: never rounded
+            tensors["threshold"] = dictionary.activation.threshold.detach().float().contiguous()
+        write_whole(folder / name, safetensors_bytes(tensors))
+        entries.append(
+            {
+                "file": name,
+                "kind": dictionary.kind,
+                "layer": dictionary.layer,
+                "read": dictionary.read,
+                "write": dictionary.write,
+                "n_features": dictionary.n_features,
+                "activation": dictionary.activation.settings(),
+            }
+        )
+    labels = {
+        str(layer): {str(feature): words for feature, words in sorted(of_layer.items())}
+        for layer, of_layer in sorted(dictionaries.labels.items())
+    }
+    if labels:
+        write_whole(folder / "labels.json", _json(labels))
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": dictionaries.name,
+        "dictionaries": entries,
+        "metadata": dict(dictionaries.metadata) | dict(metadata or {}),
+    }
+    write_whole(folder / "config.json", _json(config))
+
+
+def load(folder: Path) -> DictionarySet:
+    """Read a set; raises InputError for anything missing, damaged or of another version."""
+    path = folder / "config.json"
+    config = _read_json(path)
+    if config.get("version") != VERSION:
+        raise InputError(f"{path}: version {config.get('version')!r}, this release reads {VERSION}")
+    entries = config.get("dictionaries")
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{path}: lists no dictionaries")
+    by_layer = {}
+    for entry in entries:
+        dictionary = _load_one(folder, path, entry)
+        by_layer[dictionary.layer] = dictionary
+    labels = _load_labels(folder / "labels.json")
+    return DictionarySet(by_layer, str(config.get("name", folder.name)), labels, config.get("metadata", {}))
+
+
+def _load_one(folder: Path, config_path: Path, entry: Any) -> Dictionary:
+    fields = {"file": str, "kind": str, "layer": int, "read": str, "write": str, "activation": dict}
+    if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in fields.items()):
+        raise InputError(f"{config_path}: an entry of `dictionaries` lacks one of {', '.join(fields)}")
+    if entry["kind"] not in _DECODER_AXES:
+        raise InputError(f"{config_path}: kind {entry['kind']!r} is not known; known: {', '.join(_DECODER_AXES)}")
+    if Path(entry["file"]).name != entry["file"]:
+        raise InputError(f"{config_path}: file {entry['file']!r} must lie in the folder itself")
+    path = folder / entry["file"]
+    tensors = read_tensors(path)
+    arguments: dict[str, Any] = {key: entry[key] for key in ("layer", "read", "write")}
+    arguments |= {name: take(tensors, name, ndim, path) for name, ndim in (("W_enc", 2), ("b_enc", 1), ("b_dec", 1))}
+    arguments["W_dec"] = take(tensors, "W_dec", _DECODER_AXES[entry["kind"]], path)
+    arguments["activation"] = build_activation(entry["activation"], tensors.get("threshold"))
+    if entry["kind"] == CrossLayerTranscoder.kind:
+        return CrossLayerTranscoder(**arguments)
+    return Transcoder(W_skip=tensors.get("W_skip"), **arguments)
+
+
+def _tensors(dictionary: Dictionary) -> dict[str, Tensor]:
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
+    return {name: getattr(dictionary, name) for name in names if getattr(dictionary, name) is not None}
+
+
+def _load_labels(path: Path) -> dict[int, dict[int, str]]:
+    if not path.is_file():
+        return {}
+    try:
+        return {
+            int(layer): {int(feature): str(words) for feature, words in of_layer.items()}
+            for layer, of_layer in _read_json(path).items()
+        }
+    except (AttributeError, ValueError) as error:
+        raise InputError(f"{path}: needs layer -> feature -> words ({error})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not readable JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: needs a JSON object")
+    return value
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it appears whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,245 @@
+"""A language model with its dictionaries: loading, tokens, forward passes, and the local model of a prompt.
+
+This is what users import. It owns a TransformerBridge and a DictionarySet; it knows nothing of graphs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from replacement import formats, pretrained, sites
+from replacement.autograd import AutogradEngine
+from replacement.contributions import Engine, LinearEngine
+from replacement.dictionary import Dictionary, DictionarySet
+from replacement.errors import InputError
+from replacement.local import LocalModel
+from replacement.neurons import neurons
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+ENGINES = ("linear", "autograd")
+
+
+class ReplacementModel:
+    """A language model whose MLPs are replaced by dictionaries, exactly, with error nodes for what they miss."""
+
+    def __init__(self, bridge: Any, dictionaries: DictionarySet, *, name: str) -> None:
+        """Take a TransformerBridge and its dictionaries; raises InputError where they do not fit each other."""
+        self.bridge, self.dictionaries, self.name = bridge, dictionaries, name
+        parameter = next(bridge.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        # products are computed in at least float32: the rows of a graph have to add up
+        self.compute_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if self.dtype == torch.float64:
+            sites.use_exact_norms(bridge)
+        self.weights = sites.read_weights(bridge, self.compute_dtype)
+        for dictionary in dictionaries:
+            self._check(dictionary)
+            dictionary.requires_grad_(False).to(device=self.device, dtype=self.compute_dtype)
+        covered, layers = sorted(dictionaries.by_layer), list(range(len(self.weights.blocks)))
+        if covered != layers:
+            raise InputError(
+                f"dictionaries {dictionaries.name}: cover layers {covered}, {name} has layers 0 to {layers[-1]}; "
+                "pass a set with one dictionary for each of them"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = "atlas",
+        *,
+        dictionaries: str | Path | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+    ) -> ReplacementModel:
+        """Load a language model and its dictionaries.
+
+        model: a shipped model's name, a Hugging Face directory, or a hub id (weights in safetensors).
+        dictionaries: a folder, a hub id, the name of a set shipped with the model, or "neurons" (the model's own MLP
+            neurons, no training needed); None takes the model's first shipped set.
+        dtype: "float32", "float64", "bfloat16" or "float16".
+        device: a torch device, "cpu" or "cuda".
+        Raises InputError, one line, where anything is missing, damaged or does not fit.
+        """
+        if dtype not in DTYPES:
+            raise InputError(f"load(dtype={dtype!r}): needs one of {', '.join(DTYPES)}")
+        bridge, folder = load_bridge(model, DTYPES[dtype], device)
+        if dictionaries is not None and str(dictionaries) == "neurons":
+            compute = torch.float64 if dtype == "float64" else torch.float32
+            return cls(bridge, neurons(bridge, compute), name=str(model))
+        return cls(bridge, formats.load(formats.find(dictionaries, folder, str(model))), name=str(model))
+
+    # ---- tokens
+
+    @property
+    def n_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.weights.blocks)
+
+    @property
+    def n_context(self) -> int:
+        """Longest prompt, in tokens."""
+        return int(self.bridge.cfg.n_ctx)
+
+    def tokenize(self, prompt: str | Int[Tensor, " pos"]) -> Int[Tensor, " pos"]:
+        """Token ids of a prompt.
+
+        A string is tokenized without special tokens, and the BOS token is put before it unless it begins with a special
+        token. A tensor of ids is taken as it is. Raises InputError for an empty prompt, a word that the vocabulary
+        lacks, ids out of range, or more tokens than the model's context.
+        """
+        tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
+        if tokens.ndim != 1 or tokens.dtype not in (torch.int32, torch.int64):
+            raise InputError(
+                f"prompt: needs a string or a 1-D tensor of token ids, got {list(tokens.shape)} {tokens.dtype}"
+            )
+        vocabulary = self.weights.W_U.shape[1]
+        if len(tokens) == 0:
+            raise InputError("prompt: is empty; give at least one word")
+        if tokens.min() < 0 or tokens.max() >= vocabulary:
+            raise InputError(
+                f"prompt: token ids must be in 0 to {vocabulary - 1}, got {tokens.min()} to {tokens.max()}"
+            )
+        if len(tokens) > self.n_context:
+            raise InputError(
+                f"prompt: has {len(tokens)} tokens (with BOS), {self.name} takes at most {self.n_context}; shorten it"
+            )
+        return tokens.long().to(self.device)
+
+    def _encode(self, prompt: str) -> Int[Tensor, " pos"]:
+        tokenizer = self.bridge.tokenizer
+        if not prompt.strip():
+            raise InputError("prompt: is empty; give at least one word")
+        encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        ids = list(encoded["input_ids"])
+        if tokenizer.is_fast and tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            start, end = encoded["offset_mapping"][ids.index(tokenizer.unk_token_id)]
+            raise InputError(self._unknown_word(prompt[start:end]))
+        first = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        bos = next((token for token in first if token is not None), None)
+        if ids and ids[0] not in tokenizer.all_special_ids and bos is not None:
+            ids.insert(0, bos)
+        return torch.tensor(ids, dtype=torch.long)
+
+    def _unknown_word(self, word: str) -> str:
+        vocabulary = {token.lower(): token for token in self.bridge.tokenizer.get_vocab()}
+        near = [vocabulary[match] for match in difflib.get_close_matches(word.lower(), vocabulary, n=3)]
+        hint = f"near: {', '.join(near)}; " if near else ""
+        return f"prompt: {word!r} is not in the vocabulary of {self.name}; {hint}use other words or pass another model"
+
+    def token_strings(self, tokens: Int[Tensor, " n"]) -> list[str]:
+        """Each token as text, leading spaces kept where the tokenizer has them."""
+        tokenizer, strings = self.bridge.tokenizer, []
+        for token in tokens.tolist():
+            piece = tokenizer.convert_ids_to_tokens(token) or ""
+            strings.append(piece.replace("▁", " ") if "▁" in piece else tokenizer.decode([token]))
+        return strings
+
+    # ---- passes
+
+    def logits(self, prompt: str | Int[Tensor, " pos"]) -> Float[Tensor, "pos vocab"]:
+        """The language model's own logits, nothing replaced."""
+        with torch.no_grad():
+            return self.bridge(self.tokenize(prompt)[None])[0]
+
+    def local(self, prompt: str | Int[Tensor, " pos"], *, trace_bos: bool = False) -> LocalModel:
+        """The prompt's local replacement model, from one forward pass.
+
+        trace_bos: whether position 0 carries features and errors like any other; by the field's convention it does not.
+        """
+        with torch.no_grad():
+            forward = sites.forward(self.bridge, self.tokenize(prompt), self.compute_dtype)
+            if not torch.isfinite(forward.logits).all():
+                raise InputError(
+                    f"{self.name}: the logits of this prompt are not finite; check the weights, or use float32"
+                )
+            return LocalModel(self.weights, forward, self.dictionaries, trace_bos=trace_bos)
+
+    def engine(self, local: LocalModel, name: str) -> Engine:
+        """The engine that computes rows: "linear" (fast) or "autograd" (reference)."""
+        if name not in ENGINES:
+            raise InputError(f"engine {name!r}: needs one of {', '.join(ENGINES)}")
+        return LinearEngine(local) if name == "linear" else AutogradEngine(local, self.bridge)
+
+    def _check(self, dictionary: Dictionary) -> None:
+        """Raise InputError unless the dictionary's layer, sites and widths fit the model."""
+        where = f"dictionaries {self.dictionaries.name}, layer {dictionary.layer}"
+        n_layers, d_model = len(self.weights.blocks), self.weights.W_U.shape[0]
+        last = max((dictionary.layer, *dictionary.write_layers))
+        if last >= n_layers:
+            raise InputError(f"{where}: reaches layer {last}, {self.name} has layers 0 to {n_layers - 1}")
+        for name, width in (("reads", dictionary.d_in), ("writes", dictionary.d_out)):
+            if width != d_model:
+                raise InputError(f"{where}: {name} vectors of width {width}, {self.name} has d_model {d_model}")
+        for name, site, known in (
+            ("read", dictionary.read, sites.READ_SITES),
+            ("write", dictionary.write, sites.WRITE_SITES),
+        ):
+            if site not in known:
+                raise InputError(f"{where}: {name} site {site!r} is not known; known: {', '.join(known)}")
+        if dictionary.read == "hook_resid_mid" and self.weights.parallel:
+            raise InputError(
+                f"{where}: reads hook_resid_mid, which {self.name} does not have (attention and MLP are parallel)"
+            )
+
+
+def load_bridge(model: str | Path, dtype: torch.dtype, device: str) -> tuple[Any, Path | None]:
+    """Boot a language model as a TransformerBridge; also its directory, None for a hub id.
+
+    Weights must be safetensors: pickles are refused, and no code that comes with a model is run.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    folder = pretrained.directory(str(model)) if str(model) in pretrained.names() else Path(model)
+    local = folder.is_dir()
+    source = str(folder if local else model)
+    if not local and (folder.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1):
+        raise InputError(
+            f"model {source!r}: no such directory; pass a directory, a hub id, or {' or '.join(pretrained.names())}"
+        )
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {device!r}: is not available here ({str(error).splitlines()[0]}); pass cpu"
+        ) from error
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
+    options = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            language_model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                attn_implementation="eager",
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            bridge = TransformerBridge.boot_transformers(
+                source, hf_model=language_model.eval(), tokenizer=tokenizer, dtype=dtype, device=device
+            )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError and its own kinds
+        reason = " ".join(str(error).split())[:200]
+        known = f"pass a directory, a hub id, or {' or '.join(pretrained.names())}"
+        raise InputError(f"model {source!r}: cannot be loaded ({type(error).__name__}: {reason}); {known}") from error
+    if info["missing_keys"]:
+        raise InputError(f"model {source!r}: its file lacks weights, among them {sorted(info['missing_keys'])[0]}")
+    for name, parameter in language_model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise InputError(
+                f"model {source!r}: {name} has values that are not finite (NaN or inf); the file is damaged"
+            )
+    return bridge, folder if local else None
