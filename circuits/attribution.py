@@ -1,0 +1,246 @@
+"""From a prompt to its attribution graph: which rows to compute, in which order, and how they become a graph.
+
+The engine (`replacement.contributions`) computes rows, `circuits.targets` says what the last ones are; this file owns
+the order of features when not all are traced, and the assembly of node table and sparse rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array, vstack
+from torch import Tensor
+
+from circuits.selection import partial_influence
+from circuits.targets import Spec, Target, as_specs, last_position, resolve, stack
+from graphs.graph import AttributionGraph, NodeKind, NodeTable, row_residual
+from replacement.contributions import Contributions, Engine
+from replacement.errors import InputError
+from replacement.local import LocalModel
+from replacement.model import ReplacementModel
+
+SWEEP_BYTES = 256 * 2**20  #: what one sweep's working arrays may take
+
+Progress = Callable[[int, int], None]
+
+
+def attribute(
+    model: ReplacementModel,
+    prompt: str | Int[Tensor, " pos"],
+    *,
+    targets: Spec | Sequence[Spec] | None = None,
+    position: int | None = None,
+    max_features: int | None = None,
+    max_logits: int = 10,
+    logit_probability: float = 0.95,
+    engine: str = "linear",
+    trace_bos: bool = False,
+    batch_size: int = 512,
+    update_interval: int = 4,
+    progress: Progress | None = None,
+) -> AttributionGraph:
+    """The attribution graph of a prompt: `A[t, s] = w_t^T J(t <- s) v_s` (Ameisen et al. 2025, "Circuit Tracing").
+
+    prompt: text, or a 1-D tensor of token ids.
+    targets: what to explain: a token (`" Austin"` or an id), a difference (`"Austin - Sacramento"`), a feature
+        (`"L3#1204@7"`), a `Direction` or a vector at the last norm's output, or a list of those; None: the smallest
+        set of tokens that holds `logit_probability` of the distribution, at most `max_logits`.
+    position: where tokens and directions are predicted; None: the last position. What follows the last position that
+        any target reads cannot matter, and is left out of the graph.
+    max_features: trace the inputs of at most this many features, taken in order of influence; None: of all. What
+        features left out contribute is kept as a sum (`graph.untraced`).
+    engine: "linear" (matrix products) or "autograd" (the reference, slow).
+    trace_bos: trace position 0 like any other; by the field's convention it has no features and no errors.
+    batch_size, update_interval: features are ranked anew after every `batch_size * update_interval` of them; a
+        sweep takes at most `batch_size` targets.
+    progress: called with (rows done, rows in all).
+    Raises InputError for a prompt, target or setting that cannot be used.
+    """
+    _check_settings(max_features, max_logits, logit_probability, batch_size, update_interval)
+    tokens, specs = model.tokenize(prompt), as_specs(targets)
+    last = last_position(specs, position, len(tokens))
+    at = len(tokens) - 1 if position is None else position % len(tokens)
+    with torch.no_grad():
+        local = model.local(tokens[: last + 1], trace_bos=trace_bos)
+        resolved = resolve(
+            model, local, specs, position=min(at, last), max_logits=max_logits, logit_probability=logit_probability
+        )
+        tracer = _Tracer(local, model.engine(local, engine), resolved, batch_size, progress)
+        tracer.run(max_features, batch_size * update_interval)
+        settings = {
+            "engine": engine,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_features": max_features,
+            "max_logits": max_logits,
+            "logit_probability": logit_probability,
+            "trace_bos": trace_bos,
+        }
+        text = prompt if isinstance(prompt, str) else model.bridge.tokenizer.decode(tokens.tolist())
+        return _assemble(model, tracer, text, settings)
+
+
+def _check_settings(
+    max_features: int | None, max_logits: int, logit_probability: float, batch_size: int, update_interval: int
+) -> None:
+    for name, value in (("max_logits", max_logits), ("batch_size", batch_size), ("update_interval", update_interval)):
+        if value < 1:
+            raise InputError(f"attribute({name}={value}): must be at least 1")
+    if max_features is not None and max_features < 0:
+        raise InputError(f"attribute(max_features={max_features}): must be 0 or more; pass None for all")
+    if not 0 < logit_probability <= 1:
+        raise InputError(
+            f"attribute(logit_probability={logit_probability}): must be in (0, 1]; for 95 percent pass 0.95"
+        )
+
+
+class _Tracer:
+    """Computes rows, targets first, and keeps them sparse; columns are features, errors, embeddings in that order."""
+
+    def __init__(
+        self, local: LocalModel, engine: Engine, targets: list[Target], batch_size: int, progress: Progress | None
+    ) -> None:
+        self.local, self.engine, self.targets, self.progress = local, engine, targets, progress
+        top = max(target.layer for target in targets)
+        self.reachable = int((local.features.layer < top).sum())  # features are sorted by layer
+        self.batch_size = min(batch_size, _sweep_batch(local))
+        self.rows: list[csr_array] = []
+        self.constants: list[Float[np.ndarray, "rows 2"]] = []  # bias, bos
+        self.order: list[int] = []  # which feature each row after the targets' belongs to
+
+    def run(self, max_features: int | None, update_every: int) -> None:
+        """Rows of all targets, then of features until there are `max_features`."""
+        wanted = self.reachable if max_features is None else min(max_features, self.reachable)
+        self._trace_targets()
+        while len(self.order) < wanted:
+            room = wanted - len(self.order)
+            chosen = np.arange(self.reachable) if wanted == self.reachable else self._rank()[: min(update_every, room)]
+            for batch in self._batches(np.sort(chosen)):
+                self._keep(self.engine.rows(self.local.feature_targets(torch.from_numpy(batch))))
+                self.order += batch.tolist()
+                if self.progress is not None:
+                    self.progress(len(self.order), wanted)
+
+    def _trace_targets(self) -> None:
+        done: dict[int, tuple[csr_array, np.ndarray]] = {}
+        for layer in sorted({target.layer for target in self.targets}):
+            index = [i for i, target in enumerate(self.targets) if target.layer == layer]
+            for start in range(0, len(index), self.batch_size):
+                part = index[start : start + self.batch_size]
+                self._keep(self.engine.rows(stack([self.targets[i] for i in part])))
+                rows, constants = self.rows.pop(), self.constants.pop()
+                done |= {i: (rows[[row]], constants[[row]]) for row, i in enumerate(part)}
+        for i in range(len(self.targets)):
+            self.rows.append(done[i][0])
+            self.constants.append(done[i][1])
+
+    def _rank(self) -> Int[np.ndarray, " n"]:
+        """Features without a row, most influential first, by the rows known so far."""
+        weights = np.array([target.weight for target in self.targets])
+        layers = np.concatenate(
+            [[target.layer for target in self.targets], self.local.features.layer.cpu().numpy()[self.order]]
+        )
+        influence = partial_influence(vstack(self.rows, format="csr"), layers, np.array(self.order, dtype=int), weights)
+        influence = influence[: self.reachable]
+        influence[self.order] = -1.0
+        return np.argsort(-influence, kind="stable")[: self.reachable - len(self.order)]
+
+    def _batches(self, features: Int[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " batch"]]:
+        """Batches of one layer each, in the features' order (layer, position), so that prefixes stay short."""
+        layers = self.local.features.layer.cpu().numpy()[features]
+        for layer in np.unique(layers):
+            of_layer = features[layers == layer]
+            for start in range(0, len(of_layer), self.batch_size):
+                yield of_layer[start : start + self.batch_size]
+
+    def _keep(self, result: Contributions) -> None:
+        dense = torch.cat([result.features, result.errors.flatten(1), result.embeddings], 1)
+        self.rows.append(csr_array(dense.cpu().numpy()))
+        self.constants.append(torch.stack([result.bias, result.bos], 1).double().cpu().numpy())
+
+
+def _sweep_batch(local: LocalModel) -> int:
+    """How many targets one sweep can carry within SWEEP_BYTES."""
+    block = local.path.weights.blocks[0]
+    heads = block.W_O.shape[0] * block.W_O.shape[1]
+    width = local.n_positions * (4 * local.forward.embedding.shape[1] + 3 * heads)
+    sources = len(local.features.layer) + (local.n_layers + 1) * local.n_positions
+    return max(1, SWEEP_BYTES // ((width + 2 * sources) * local.forward.embedding.element_size()))
+
+
+def _assemble(model: ReplacementModel, tracer: _Tracer, prompt: str, settings: dict[str, Any]) -> AttributionGraph:
+    """Node table in the reference order and the square sparse matrix."""
+    local, targets = tracer.local, tracer.targets
+    order = np.array(tracer.order, dtype=int)
+    selected = np.sort(order)
+    nodes = _nodes(model, local, targets, selected)
+    n_features, n_nodes = len(selected), len(nodes)
+    rows = vstack(tracer.rows, format="csr")
+    n_all = len(local.features.layer)
+    unselected = np.ones(rows.shape[1], dtype=bool)
+    unselected[selected] = unselected[n_all:] = False
+    untraced = rows @ unselected.astype(np.float64)
+    rows = rows[:, ~unselected]
+    # where each computed row goes: targets are the last nodes, features keep their place in the table
+    place = np.concatenate([np.arange(n_nodes - len(targets), n_nodes), np.searchsorted(selected, order)])
+    rows.resize(rows.shape[0], n_nodes)
+    coo = rows.tocoo()
+    adjacency = csr_array((coo.data, (place[coo.coords[0]], coo.coords[1])), shape=(n_nodes, n_nodes))
+    constants = np.concatenate(tracer.constants)
+    columns = np.zeros((3, n_nodes))
+    columns[:, place] = constants[:, 0], constants[:, 1], untraced
+    pre_activation = np.zeros(n_nodes)
+    pre_activation[:n_features] = nodes.activation[:n_features]
+    pre_activation[n_nodes - len(targets) :] = [target.value for target in targets]
+    tokens = local.forward.tokens
+    graph = AttributionGraph(
+        nodes=nodes,
+        adjacency=adjacency,
+        bias=columns[0],
+        bos=columns[1],
+        untraced=columns[2],
+        pre_activation=pre_activation,
+        prompt=prompt,
+        tokens=tuple(model.token_strings(tokens)),
+        token_ids=tokens.cpu().numpy(),
+        n_layers=local.n_layers,
+        model=model.name,
+        dictionaries=model.dictionaries.name,
+        n_active_features=n_all,
+        settings=settings,
+    )
+    return replace(graph, residual=row_residual(graph))
+
+
+def _nodes(model: ReplacementModel, local: LocalModel, targets: list[Target], selected: np.ndarray) -> NodeTable:
+    """Features, errors (layer-major), embeddings, targets."""
+    n_layers, n_pos, n_targets = local.n_layers, local.n_positions, len(targets)
+    layer, position, feature, activation = (column.cpu().numpy()[selected] for column in local.features)
+    positions = np.arange(n_pos)
+    tokens = local.forward.tokens
+    features = zip(layer.tolist(), feature.tolist(), strict=True)
+    return NodeTable(
+        kind=np.repeat(
+            [NodeKind.FEATURE, NodeKind.ERROR, NodeKind.EMBEDDING, NodeKind.LOGIT],
+            [len(selected), n_layers * n_pos, n_pos, n_targets],
+        ),
+        layer=np.concatenate(
+            [layer, np.repeat(np.arange(n_layers), n_pos), np.full(n_pos, -1), np.full(n_targets, n_layers)]
+        ),
+        position=np.concatenate([position, np.tile(positions, n_layers), positions, [t.position for t in targets]]),
+        feature=np.concatenate(
+            [feature, np.full(n_layers * n_pos, -1), tokens.cpu().numpy(), [target.token for target in targets]]
+        ),
+        activation=np.concatenate([activation, np.zeros(n_layers * n_pos + n_pos + n_targets)]),
+        probability=np.concatenate([np.zeros(len(selected) + n_layers * n_pos + n_pos), [t.weight for t in targets]]),
+        label=(
+            *(model.dictionaries.label(*key) for key in features),
+            *[""] * (n_layers * n_pos),
+            *model.token_strings(tokens),
+            *(target.label for target in targets),
+        ),
+    )

@@ -1,0 +1,192 @@
+"""What a graph explains: logits, differences of logits, features, or directions, resolved on one prompt.
+
+Turns what a user writes (`" Austin"`, `"Austin - Sacramento"`, `"L3#1204@7"`, token ids, vectors) into scalars that the
+engine can read. Knows nothing of sweeps or graphs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replacement.errors import InputError
+from replacement.local import LocalModel, Targets
+from replacement.model import ReplacementModel
+
+_FEATURE = re.compile(r"\s*L(\d+)\s*#(\d+)\s*@(-?\d+)\s*")
+
+
+class Direction(NamedTuple):
+    """A direction at the last norm's output, used as it is (not demeaned)."""
+
+    vector: Float[Tensor, " d_model"]
+    label: str = "direction"
+    weight: float = 1.0  # the target's share in influence, p
+
+
+class Feature(NamedTuple):
+    """A feature's pre-activation, written `L{layer}#{feature}@{position}`."""
+
+    layer: int
+    feature: int
+    position: int
+
+
+Spec = str | int | Feature | Direction | Tensor
+
+
+class Target(NamedTuple):
+    """One scalar to explain: `row . x[position] + bias` with x at `layer`'s read site (or after the last norm)."""
+
+    layer: int  # n_layers: after the last norm
+    site: str
+    position: int
+    row: Float[Tensor, " d_model"]
+    bias: float
+    value: float  # on the prompt, from the forward pass
+    weight: float  # p: probability of a token, 1 for anything else
+    token: int  # vocabulary id, -1 where the target is no token
+    label: str
+
+
+def as_specs(targets: Spec | Sequence[Spec] | None) -> list[Spec] | None:
+    """The targets as a list; None stands for the default, the most probable tokens."""
+    if targets is None:
+        return None
+    if isinstance(targets, Tensor):
+        return [int(token) for token in targets] if not targets.is_floating_point() else [targets]
+    if isinstance(targets, str | int | Feature | Direction):
+        targets = [targets]
+    specs = [_parse_feature(spec) if isinstance(spec, str) else spec for spec in targets]
+    if not specs:
+        raise InputError(
+            "attribute(targets=[]): is empty; pass None for the most probable tokens, or at least one target"
+        )
+    return specs
+
+
+def _parse_feature(text: str) -> Spec:
+    match = _FEATURE.fullmatch(text)
+    return Feature(*(int(group) for group in match.groups())) if match else text
+
+
+def last_position(specs: list[Spec] | None, position: int | None, n_positions: int) -> int:
+    """The last position that any target reads; what comes after it cannot matter to them."""
+    wanted = []
+    if specs is None or any(not isinstance(spec, Feature) for spec in specs):
+        wanted.append(-1 if position is None else position)
+    wanted += [spec.position for spec in specs or [] if isinstance(spec, Feature)]
+    for one in wanted:
+        if not -n_positions <= one < n_positions:
+            raise InputError(f"position {one}: the prompt has positions 0 to {n_positions - 1} (0 is BOS)")
+    return max(one % n_positions for one in wanted)
+
+
+def resolve(
+    model: ReplacementModel,
+    local: LocalModel,
+    specs: list[Spec] | None,
+    *,
+    position: int,
+    max_logits: int,
+    logit_probability: float,
+) -> list[Target]:
+    """Targets on a prompt, in the order given; by default the most probable tokens, most probable first."""
+    if specs is None:
+        specs = list(salient_tokens(local, position, max_logits, logit_probability))
+    return [_resolve(model, local, spec, position) for spec in specs]
+
+
+def salient_tokens(local: LocalModel, position: int, max_logits: int, logit_probability: float) -> list[int]:
+    """The smallest set of tokens that holds `logit_probability` of the next token's distribution, at most
+    `max_logits`."""
+    probabilities = local.forward.logits[position].softmax(-1)
+    top, tokens = probabilities.topk(min(max_logits, len(probabilities)))
+    enough = int(torch.searchsorted(top.cumsum(0), logit_probability)) + 1
+    return tokens[:enough].tolist()
+
+
+def _resolve(model: ReplacementModel, local: LocalModel, spec: Spec, position: int) -> Target:
+    weights, forward = model.weights, local.forward
+    if isinstance(spec, Feature):
+        return _resolve_feature(model, local, spec)
+    if isinstance(spec, Tensor):
+        spec = Direction(spec)
+    if isinstance(spec, Direction):
+        if spec.vector.shape != (weights.W_U.shape[0],) or not torch.isfinite(spec.vector).all():
+            raise InputError(
+                f"target {spec.label!r}: needs a finite vector of width {weights.W_U.shape[0]}, got shape {list(spec.vector.shape)}"
+            )
+        row, bias, weight, token, label = spec.vector.to(weights.W_U), 0.0, spec.weight, -1, spec.label
+    elif isinstance(spec, str) and (pair := _difference(model, spec)):
+        (plus, minus), token, weight, label = pair, -1, 1.0, spec.strip()
+        row, bias = weights.W_U[:, plus] - weights.W_U[:, minus], float(weights.b_U[plus] - weights.b_U[minus])
+    else:
+        token = token_id(model, spec) if isinstance(spec, str) else int(spec)
+        if not 0 <= token < weights.W_U.shape[1]:
+            raise InputError(f"target {token}: token ids of {model.name} are 0 to {weights.W_U.shape[1] - 1}")
+        row = weights.W_U[:, token] - weights.W_U.mean(-1)
+        bias = float(weights.b_U[token] - weights.b_U.mean())
+        weight = float(forward.logits[position].softmax(-1)[token])
+        label = model.token_strings(torch.tensor([token]))[0]
+    value = float(forward.final[position] @ row) + bias
+    return Target(local.n_layers, "", position, row, bias, value, weight, token, label)
+
+
+def _resolve_feature(model: ReplacementModel, local: LocalModel, spec: Feature) -> Target:
+    name = f"L{spec.layer}#{spec.feature}@{spec.position}"
+    dictionary = model.dictionaries.by_layer.get(spec.layer)
+    if dictionary is None or not 0 <= spec.feature < dictionary.n_features:
+        raise InputError(
+            f"target {name}: no such feature in {model.dictionaries.name}; layers 0 to {model.n_layers - 1}"
+        )
+    position, table = spec.position % local.n_positions, local.features
+    found = (table.layer == spec.layer) & (table.feature == spec.feature) & (table.position == position)
+    if not found.any():
+        where = sorted(set(table.position[(table.layer == spec.layer) & (table.feature == spec.feature)].tolist()))
+        active = f"it is at positions {', '.join(map(str, where))}" if where else "it is nowhere on this prompt"
+        raise InputError(f"target {name}: is not active there; {active}")
+    index = found.nonzero()[:, 0]
+    targets = local.feature_targets(index)
+    label = model.dictionaries.label(spec.layer, spec.feature) or f"L{spec.layer} #{spec.feature}"
+    value = float(table.activation[index[0]])
+    return Target(spec.layer, targets.site, position, targets.rows[0], float(targets.biases[0]), value, 1.0, -1, label)
+
+
+def token_id(model: ReplacementModel, text: str) -> int:
+    """The one token that a text is; raises InputError where it is several or unknown."""
+    tokenizer = model.bridge.tokenizer
+    for variant in dict.fromkeys((text, text.strip(), " " + text.strip())):
+        ids = tokenizer(variant, add_special_tokens=False)["input_ids"] if variant.strip() else []
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+            return int(ids[0])
+    if not text.strip():
+        raise InputError(f"target {text!r}: is empty; give a token such as ' Austin'")
+    ids = model.tokenize(text)  # names a word that the vocabulary lacks
+    pieces = " | ".join(model.token_strings(ids)[1:])
+    raise InputError(f"target {text!r}: is several tokens ({pieces}); pass one of them")
+
+
+def _difference(model: ReplacementModel, text: str) -> tuple[int, int] | None:
+    """The two tokens of `"A - B"`, None where the text is no difference."""
+    plus, dash, minus = text.partition(" - ")
+    if not dash or not plus.strip() or not minus.strip():
+        return None
+    return token_id(model, plus), token_id(model, minus)
+
+
+def stack(targets: list[Target]) -> Targets:
+    """Targets of one layer as a batch for the engine."""
+    first = targets[0]
+    return Targets(
+        first.layer,
+        first.site,
+        torch.tensor([target.position for target in targets], device=first.row.device),
+        torch.stack([target.row for target in targets]),
+        torch.tensor([target.bias for target in targets], dtype=first.row.dtype, device=first.row.device),
+    )
