@@ -6,8 +6,6 @@ This is what users import. It owns a TransformerBridge and a DictionarySet; it k
 from __future__ import annotations
 
 import difflib
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replacement import formats, pretrained, sites
+from replacement import formats, sites
 from replacement.autograd import AutogradEngine
 from replacement.contributions import Engine, LinearEngine
 from replacement.dictionary import Dictionary, DictionarySet
 from replacement.errors import InputError
+from replacement.loading import load_bridge
 from replacement.local import LocalModel
 from replacement.neurons import neurons
 
@@ -188,58 +187,3 @@ class ReplacementModel:
             raise InputError(
                 f"{where}: reads hook_resid_mid, which {self.name} does not have (attention and MLP are parallel)"
             )
-
-
-def load_bridge(model: str | Path, dtype: torch.dtype, device: str) -> tuple[Any, Path | None]:
-    """Boot a language model as a TransformerBridge; also its directory, None for a hub id.
-
-    Weights must be safetensors: pickles are refused, and no code that comes with a model is run.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    folder = pretrained.directory(str(model)) if str(model) in pretrained.names() else Path(model)
-    local = folder.is_dir()
-    source = str(folder if local else model)
-    if not local and (folder.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1):
-        raise InputError(
-            f"model {source!r}: no such directory; pass a directory, a hub id, or {' or '.join(pretrained.names())}"
-        )
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"device {device!r}: is not available here ({str(error).splitlines()[0]}); pass cpu"
-        ) from error
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformer_lens").setLevel(logging.ERROR)
-    options = {"local_files_only": local, "trust_remote_code": False}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            language_model, info = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=dtype,
-                attn_implementation="eager",
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            bridge = TransformerBridge.boot_transformers(
-                source, hf_model=language_model.eval(), tokenizer=tokenizer, dtype=dtype, device=device
-            )
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError and its own kinds
-        reason = " ".join(str(error).split())[:200]
-        known = f"pass a directory, a hub id, or {' or '.join(pretrained.names())}"
-        raise InputError(f"model {source!r}: cannot be loaded ({type(error).__name__}: {reason}); {known}") from error
-    if info["missing_keys"]:
-        raise InputError(f"model {source!r}: its file lacks weights, among them {sorted(info['missing_keys'])[0]}")
-    for name, parameter in language_model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise InputError(
-                f"model {source!r}: {name} has values that are not finite (NaN or inf); the file is damaged"
-            )
-    return bridge, folder if local else None

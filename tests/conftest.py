@@ -10,7 +10,7 @@ import torch
 
 from replacement import ReplacementModel
 from replacement.dictionary import DictionarySet
-from replacement.model import load_bridge
+from replacement.loading import load_bridge
 from replacement.neurons import neurons
 from tests.tiny import FAMILIES, random_set, save_tiny_model
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
+from replacement.hub import require_on_hub
 from replacement.formats import circuit_tracer, native
 from replacement.formats.native import save
 
@@ -53,10 +54,10 @@ def find(dictionaries: str | Path | None, model_folder: Path | None, model: str)
     choices = ", ".join([*sets, "neurons"])
     if folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise InputError(f"dictionaries {name!r}: no such folder; pass a folder, a hub id, or one of: {choices}")
+    require_on_hub(name, "config.yaml", what="dictionaries", choices=f"a folder, a hub id, or one of: {choices}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.yaml"]))
     except Exception as error:  # huggingface_hub raises many kinds, all of them "could not be had"
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"dictionaries {name!r}: no such folder, and the hub did not deliver it ({reason})") from error
+        raise InputError(f"dictionaries {name!r}: the hub did not deliver it ({type(error).__name__})") from error

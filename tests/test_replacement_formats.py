@@ -1,0 +1,219 @@
+"""Dictionary folders: what is saved is what is loaded, by outputs; damaged and hostile folders are refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from replacement import formats
+from replacement.errors import InputError
+from tests.tiny import random_set
+
+CFG = SimpleNamespace(n_layers=3, d_model=24)
+KINDS = ("transcoder", "skip_transcoder", "cross_layer_transcoder")
+ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
+
+
+def outputs(dictionaries, x):
+    """Everything a set computes: activations, writes at every layer, biases and skips."""
+    for dictionary in dictionaries:
+        activations = dictionary.encode(x)
+        yield activations
+        for layer in dictionary.write_layers:
+            yield dictionary.decode(activations, layer)
+        yield dictionary.b_dec + dictionary.skip(x)
+
+
+def assert_same_outputs(one, other):
+    x = torch.randn(11, CFG.d_model, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(outputs(one, x), outputs(other, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_round_trip_keeps_the_outputs(kind, activation, tmp_path):
+    dictionaries = random_set("llama", kind, activation, CFG)
+    formats.save(dictionaries, tmp_path / "set", metadata={"seed": 3})
+    loaded = formats.load(tmp_path / "set")
+    assert_same_outputs(dictionaries, loaded)
+    assert loaded.metadata == {"seed": 3}
+    assert [(d.layer, d.kind, d.read, d.write) for d in loaded] == [
+        (d.layer, d.kind, d.read, d.write) for d in dictionaries
+    ]
+
+
+def test_saving_twice_gives_the_same_bytes_and_labels_come_back(tmp_path):
+    from dataclasses import replace
+
+    dictionaries = replace(
+        random_set("llama", "transcoder", "jumprelu", CFG), labels={1: {3: "Texas", 20: "say Austin"}}
+    )
+    for name in ("a", "b"):
+        formats.save(dictionaries, tmp_path / name, dtype="float16")
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["config.json", "labels.json", "layer_0.safetensors", "layer_1.safetensors", "layer_2.safetensors"]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    assert formats.load(tmp_path / "a").label(1, 20) == "say Austin"
+    assert formats.load(tmp_path / "a").label(1, 21) == ""
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_circuit_tracer_folders_give_the_same_outputs(kind, activation, tmp_path):
+    """Also TopK sets, which the format's own loader reloads as ReLU."""
+    dictionaries = random_set("llama", kind, activation, CFG)
+    write_circuit_tracer(dictionaries, tmp_path)
+    loaded = formats.load(tmp_path)
+    assert_same_outputs(dictionaries, loaded)
+    assert {d.read for d in loaded} == {"mlp.hook_in"}
+
+
+def write_circuit_tracer(dictionaries, folder):
+    """A set in the other tool's layout, written out by hand from its description."""
+    cross = next(iter(dictionaries)).kind == "cross_layer_transcoder"
+    config = {"model_kind": "cross_layer_transcoder" if cross else "transcoder_set", "model_name": "tiny"}
+    config |= {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out", "scan": "tiny/scan"}
+    for d in dictionaries:
+        if hasattr(d.activation, "k"):
+            config["topk"] = d.activation.k
+        threshold = getattr(d.activation, "threshold", None)
+        tensors = {name: getattr(d, name).detach().clone() for name in ("W_enc", "b_enc", "b_dec")}
+        if cross:
+            tensors = {f"{name}_{d.layer}": value for name, value in tensors.items()}
+            if threshold is not None:
+                tensors[f"threshold_{d.layer}"] = threshold
+            save_file(tensors, folder / f"W_enc_{d.layer}.safetensors")
+            save_file({f"W_dec_{d.layer}": d.W_dec.detach().clone()}, folder / f"W_dec_{d.layer}.safetensors")
+            continue
+        tensors["W_dec"] = d.W_dec.detach().clone()
+        if d.W_skip is not None:
+            tensors["W_skip"] = d.W_skip.detach().clone()
+        if threshold is not None:
+            tensors["activation_function.threshold"] = threshold
+        save_file(tensors, folder / f"layer_{d.layer}.safetensors")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def _edit_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _edit_tensors(folder, change):
+    tensors = load_file(folder / "layer_1.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "layer_1.safetensors")
+
+
+def _truncate(folder):
+    path = folder / "layer_1.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _poison(tensors):
+    tensors["W_dec"][3, 3] = float("nan")
+
+
+DAMAGE = {
+    "a file cut short": (_truncate, r"layer_1\.safetensors: not a readable safetensors file"),
+    "a missing file": (lambda f: (f / "layer_1.safetensors").unlink(), r"layer_1\.safetensors: no such file"),
+    "NaN": (lambda f: _edit_tensors(f, _poison), r"tensor W_dec has values that are not finite"),
+    "a missing tensor": (lambda f: _edit_tensors(f, lambda t: t.pop("b_dec")), r"lacks the tensor b_dec; it has W_dec"),
+    "another shape": (
+        lambda f: _edit_tensors(f, lambda t: t.update(b_enc=torch.zeros(7))),
+        r"transcoder of layer 1: b_enc has shape \[7\], needs \[30\]",
+    ),
+    "too many axes": (
+        lambda f: _edit_tensors(f, lambda t: t.update(W_dec=torch.zeros(2, 2, 2))),
+        r"tensor W_dec has shape \[2, 2, 2\], needs 2 axes",
+    ),
+    "integers": (
+        lambda f: _edit_tensors(f, lambda t: t.update(b_dec=torch.zeros(24, dtype=torch.int64))),
+        r"tensor b_dec is torch\.int64, needs floating point",
+    ),
+    "a path out of the folder": (
+        lambda f: _edit_config(f, lambda c: c["dictionaries"][1].update(file="../layer_1.safetensors")),
+        r"must lie in the folder itself",
+    ),
+    "another version": (lambda f: _edit_config(f, lambda c: c.update(version=9)), r"version 9, this release reads 1"),
+    "an unknown kind": (
+        lambda f: _edit_config(f, lambda c: c["dictionaries"][0].update(kind="magic")),
+        r"kind 'magic' is not known; known: transcoder, cross_layer_transcoder",
+    ),
+    "an unknown activation": (
+        lambda f: _edit_config(f, lambda c: c["dictionaries"][0].update(activation={"name": "swish"})),
+        r"activation 'swish' is not known",
+    ),
+    "a missing field": (
+        lambda f: _edit_config(f, lambda c: c["dictionaries"][0].pop("read")),
+        r"an entry of `dictionaries` lacks one of",
+    ),
+    "JSON cut short": (
+        lambda f: (f / "config.json").write_text((f / "config.json").read_text()[:-40]),
+        r"config\.json: not readable JSON",
+    ),
+    "labels that are a list": (
+        lambda f: (f / "labels.json").write_text('{"0": ["x"]}'),
+        r"labels\.json: needs layer -> feature -> words",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), r"no known format; a folder needs config\.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_folders_are_refused_in_one_line(damage, tmp_path):
+    formats.save(random_set("llama", "transcoder", "relu", CFG), tmp_path)
+    change, message = DAMAGE[damage]
+    change(tmp_path)
+    with pytest.raises(InputError, match=message) as raised:
+        formats.load(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("model_kind: [1", "not readable YAML"),
+        ("just text", "needs a mapping"),
+        ("!!python/object/apply:os.system ['true']", "not readable YAML"),
+        ("{model_kind: transcoder_set, feature_input_hook: x}", "lacks feature_output_hook"),
+        ("{model_kind: x, feature_input_hook: a, feature_output_hook: b}", "model_kind is 'x', needs one of"),
+        ("{model_kind: transcoder_set, feature_input_hook: a, feature_output_hook: b}", r"lacks layer_0\.safetensors"),
+    ],
+)
+def test_bad_yaml_is_refused_in_one_line(config, message, tmp_path):
+    (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(InputError, match=message):
+        formats.load(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "set"
+    formats.save(random_set("llama", "transcoder", "relu", CFG), folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("replacement.formats.native.os.replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        formats.save(random_set("llama", "skip_transcoder", "relu", CFG), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_find_names_what_there_is(tmp_path):
+    formats.save(random_set("llama", "transcoder", "relu", CFG), tmp_path / "dictionaries" / "mine")
+    assert formats.find(None, tmp_path, "m").name == formats.find("mine", tmp_path, "m").name == "mine"
+    with pytest.raises(InputError, match="no such folder; pass a folder, a hub id, or one of: mine, neurons"):
+        formats.find("./nowhere", tmp_path, "m")
+    shutil.rmtree(tmp_path / "dictionaries")
+    with pytest.raises(InputError, match="comes with no dictionaries"):
+        formats.find(None, tmp_path, "m")
