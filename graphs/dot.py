@@ -133,13 +133,12 @@ def _draw_nodes(picture: graphviz.Digraph, graph: AttributionGraph, layout: Layo
 
 
 def _draw_edges(picture: graphviz.Digraph, graph: AttributionGraph, layout: Layout, ids: list[str]) -> None:
-    adjacency = graph.adjacency
-    rows = np.repeat(np.arange(graph.n_nodes), np.diff(adjacency.indptr))
-    totals = np.bincount(rows, weights=np.abs(adjacency.data), minlength=graph.n_nodes)
+    sources, targets, weights = graph.edge_sources, graph.edge_targets, graph.adjacency.data
+    totals = graph.sum_rows(np.abs(weights))
     place = {node: i for i, node in enumerate(layout.nodes.tolist())}
-    ends = _ports(layout, [(place[adjacency.indices[e]], place[rows[e]]) for e in layout.edges.tolist()])
+    ends = _ports(layout, [(place[sources[e]], place[targets[e]]) for e in layout.edges.tolist()])
     for edge, (start, end) in zip(layout.edges.tolist(), ends, strict=True):
-        source, target, weight = int(adjacency.indices[edge]), int(rows[edge]), float(adjacency.data[edge])
+        source, target, weight = int(sources[edge]), int(targets[edge]), float(weights[edge])
         share = abs(weight) / totals[target]
         red, green, blue = POSITIVE if weight > 0 else NEGATIVE
         picture.edge(
@@ -195,23 +194,23 @@ def _background(layout: Layout, title: str) -> str:
     ops = []
     for number, column in enumerate(layout.columns):
         if number % 2 == 0:
-            ops.append(_box(column.low, 0, column.high, height, STRIPE))
+            ops.append(_box(column.low, 0.0, column.high, height, STRIPE))
     for before, after in zip(layout.columns, layout.columns[1:], strict=False):
         if after.low > before.high:
-            ops.append(_text((before.high + after.low) / 2, 20, "…", 12, FAINT, align=0))
+            ops.append(_text((before.high + after.low) / 2, 20.0, "…", 12.0, FAINT, align=0))
     for row in layout.rows:
-        ops.append(_text(-8, (row.low + row.high) / 2 - 3, row.title, 9, FAINT, align=1))
+        ops.append(_text(-8.0, (row.low + row.high) / 2 - 3, row.title, 9.0, FAINT, align=1))
     room = max(int(width / (0.6 * 15)), 20)
-    ops.append(_text(0, height + 18, title if len(title) <= room else title[: room - 1] + "…", 15, INK))
+    ops.append(_text(0.0, height + 18, title if len(title) <= room else title[: room - 1] + "…", 15.0, INK))
     x = 0.0
     for kind, word in zip(FILLS, ("feature", "error: what the dictionaries missed", "token", "output"), strict=True):
-        ops += [_box(x, -22, x + 10, -12, _mix(*FILLS[kind][:2], 0.9)), _text(x + 14, -21, word, 9, INK)]
+        ops += [_box(x, -22.0, x + 10, -12.0, _mix(*FILLS[kind][:2], 0.9)), _text(x + 14, -21.0, word, 9.0, INK)]
         x += 30 + 4.7 * len(word)
     for colour, word in ((POSITIVE, "pushes up"), (NEGATIVE, "pushes down")):
-        ops += [_box(x, -18.5, x + 16, -16, _mix(colour, colour, 0)), _text(x + 20, -21, word, 9, INK)]
+        ops += [_box(x, -18.5, x + 16, -16.0, _mix(colour, colour, 0.0)), _text(x + 20, -21.0, word, 9.0, INK)]
         x += 36 + 4.7 * len(word)
     if layout.note:
-        ops.append(_text(0, -38, layout.note, 9, FAINT))
+        ops.append(_text(0.0, -38.0, layout.note, 9.0, FAINT))
     return " ".join(ops)
 
 

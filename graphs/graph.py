@@ -188,6 +188,24 @@ class AttributionGraph:
         return len(self.tokens)
 
     @property
+    def edge_sources(self) -> Int[np.ndarray, " n_edges"]:
+        """The source node of each edge, aligned with `adjacency.data`."""
+        return self.adjacency.indices
+
+    @property
+    def edge_targets(self) -> Int[np.ndarray, " n_edges"]:
+        """The target node of each edge, aligned with `adjacency.data`."""
+        return np.repeat(np.arange(self.n_nodes, dtype=self.adjacency.indices.dtype), np.diff(self.adjacency.indptr))
+
+    def sum_rows(self, values: Float[np.ndarray, " n_edges"]) -> Float[np.ndarray, " n_nodes"]:
+        """Return per node the sum over its incoming edges of `values` (aligned with `adjacency.data`), in float64."""
+        sums, starts = np.zeros(self.n_nodes), self.adjacency.indptr
+        filled = np.flatnonzero(np.diff(starts))
+        if len(filled):
+            sums[filled] = np.add.reduceat(values, starts[filled], dtype=np.float64)
+        return sums
+
+    @property
     def targets(self) -> Int[np.ndarray, " n_targets"]:
         """Indices of the traced targets, in the graph's order."""
         return np.flatnonzero(self.nodes.is_logit)
@@ -246,16 +264,11 @@ def row_residual(graph: AttributionGraph) -> float:
     rows = graph.nodes.has_inputs
     if not rows.any():
         return 0.0
-    totals = _row_sums(graph.adjacency, graph.adjacency.data.astype(np.float64))
-    sizes = _row_sums(graph.adjacency, np.abs(graph.adjacency.data.astype(np.float64)))
+    totals = graph.sum_rows(graph.adjacency.data)
+    sizes = graph.sum_rows(np.abs(graph.adjacency.data))
     missing = np.abs(totals + graph.bias + graph.bos + graph.untraced - graph.pre_activation)[rows]
     scale = np.maximum(np.abs(graph.pre_activation), sizes)[rows]
     return float((missing / np.maximum(np.maximum(scale, np.median(scale)), TINY)).max())
-
-
-def _row_sums(adjacency: csr_array, values: Float[np.ndarray, " n_edges"]) -> Float[np.ndarray, " n_nodes"]:
-    rows = np.repeat(np.arange(adjacency.shape[0]), np.diff(adjacency.indptr))
-    return np.bincount(rows, weights=values, minlength=adjacency.shape[0])
 
 
 def _frozen(values: Any, dtype: Any) -> np.ndarray:

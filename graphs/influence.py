@@ -62,17 +62,15 @@ def completeness_score(graph: AttributionGraph) -> float:
     """
     sums = row_sums(graph)
     weight = _sweep(graph, sums) + graph.nodes.probability
-    from_errors = np.abs(graph.adjacency.data.astype(np.float64)) * graph.nodes.is_error[graph.adjacency.indices]
-    rows = _rows(graph)
-    error_share = np.bincount(rows, weights=from_errors, minlength=graph.n_nodes) / np.maximum(sums, MIN_ROW_SUM)
+    from_errors = np.abs(graph.adjacency.data) * graph.nodes.is_error[graph.edge_sources]
+    error_share = graph.sum_rows(from_errors) / np.maximum(sums, MIN_ROW_SUM)
     total = float(weight.sum())
     return float((weight * (1 - error_share)).sum()) / total if total > 0 else 1.0
 
 
 def row_sums(graph: AttributionGraph) -> Float[np.ndarray, " n_nodes"]:
     """Return sum_s |A[t, s]| for each node t, in float64."""
-    weights = np.abs(graph.adjacency.data.astype(np.float64))
-    return np.bincount(_rows(graph), weights=weights, minlength=graph.n_nodes)
+    return graph.sum_rows(np.abs(graph.adjacency.data))
 
 
 def topological_levels(graph: AttributionGraph) -> Int[np.ndarray, " n_nodes"]:
@@ -82,15 +80,11 @@ def topological_levels(graph: AttributionGraph) -> Int[np.ndarray, " n_nodes"]:
     generations, which raises InputError where there is a cycle.
     """
     levels = graph.nodes.layer
-    if (levels[graph.adjacency.indices] < levels[_rows(graph)]).all():
+    if (levels[graph.edge_sources] < levels[graph.edge_targets]).all():
         return levels
     from graphs.structure import generations
 
     return generations(graph)
-
-
-def _rows(graph: AttributionGraph) -> Int[np.ndarray, " n_edges"]:
-    return np.repeat(np.arange(graph.n_nodes), np.diff(graph.adjacency.indptr))
 
 
 def _sweep(graph: AttributionGraph, sums: Float[np.ndarray, " n_nodes"]) -> Float[np.ndarray, " n_nodes"]:

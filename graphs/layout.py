@@ -97,13 +97,12 @@ def _shown(graph: AttributionGraph, influence: Float[np.ndarray, " n_nodes"], ma
 
 def _shown_edges(graph: AttributionGraph, shown: Int[np.ndarray, " n_shown"], n_edges: int) -> np.ndarray:
     """Return the strongest edges between shown nodes, and in any case each node's strongest way in and way out."""
-    rows = np.repeat(np.arange(graph.n_nodes), np.diff(graph.adjacency.indptr))
-    sources = graph.adjacency.indices
-    inside = np.flatnonzero(np.isin(rows, shown) & np.isin(sources, shown))
+    sources, targets = graph.edge_sources, graph.edge_targets
+    inside = np.flatnonzero(np.isin(targets, shown) & np.isin(sources, shown))
     scores = edge_influence(graph)
     order = inside[np.argsort(-scores[inside], kind="stable")]
     kept = set(order[:n_edges].tolist())
-    for ends in (rows, sources):
+    for ends in (targets, sources):
         _, first = np.unique(ends[order], return_index=True)
         kept.update(order[first][scores[order[first]] > 0].tolist())
     return np.array(sorted(kept, key=lambda edge: (scores[edge], -edge)), dtype=np.int64)

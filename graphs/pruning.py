@@ -66,13 +66,13 @@ def prune_masks(graph: AttributionGraph, *, node_threshold: float = 0.8, edge_th
     always = graph.nodes.is_embedding | graph.nodes.is_logit
     kept_nodes = (influence >= selection_threshold(influence, node_threshold)) | always
 
-    rows = np.repeat(np.arange(graph.n_nodes), np.diff(graph.adjacency.indptr))
-    kept_edges = kept_nodes[rows] & kept_nodes[graph.adjacency.indices]
+    sources, targets = graph.edge_sources, graph.edge_targets
+    kept_edges = kept_nodes[sources] & kept_nodes[targets]
     scores = edge_influence(graph.subgraph(kept_nodes))  # in the order of kept_edges: both are canonical CSR
     kept_edges[kept_edges] = scores >= selection_threshold(scores, edge_threshold)
 
     kept_nodes = _connected(graph, kept_nodes, kept_edges)
-    kept_edges &= kept_nodes[rows] & kept_nodes[graph.adjacency.indices]
+    kept_edges &= kept_nodes[sources] & kept_nodes[targets]
     return PruneMasks(kept_nodes, kept_edges, influence)
 
 

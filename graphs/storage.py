@@ -99,9 +99,10 @@ def load(path: str | PathLike[str]) -> AttributionGraph:
             bos=tensors["bos"],
             untraced=tensors["untraced"],
             pre_activation=tensors["pre_activation"],
+            tokens=tuple(header["tokens"]),
             token_ids=tensors["token_ids"],
             influence=tensors.get("influence"),
-            **{key: header[key] for key in HEADER_TYPES if key != "labels"},
+            **{key: header[key] for key in HEADER_TYPES if key not in ("labels", "tokens")},
         )
     except ValueError as problem:
         _refuse(source, str(problem), "trace the prompt again")

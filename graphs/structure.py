@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from graphs.errors import InputError
 from graphs.files import whole_file
 from graphs.graph import AttributionGraph, NodeKind
+from graphs.influence import topological_levels
 from graphs.names import node_ids, node_names
 
 
@@ -52,10 +53,8 @@ def to_networkx(graph: AttributionGraph) -> networkx.DiGraph:
     result.add_nodes_from(
         (i, dict(zip(keys, values, strict=True))) for i, values in enumerate(zip(*columns.values(), strict=True))
     )
-    rows, sources = _endpoints(graph)
-    edges = zip(
-        sources.tolist(), rows.tolist(), graph.adjacency.data.tolist(), _shares(graph, rows).tolist(), strict=True
-    )
+    parts = (graph.edge_sources, graph.edge_targets, graph.adjacency.data, _shares(graph))
+    edges = zip(*(part.tolist() for part in parts), strict=True)
     result.add_edges_from((s, t, {"weight": weight, "share": share}) for s, t, weight, share in edges)
     return result
 
@@ -66,12 +65,11 @@ def digraph(
     edge_mask: Bool[np.ndarray, " n_edges"] | None = None,
 ) -> networkx.DiGraph:
     """Return the bare structure (no attributes) of the nodes and edges that the masks keep; nodes are graph indices."""
-    rows, sources = _endpoints(graph)
-    if edge_mask is not None:
-        rows, sources = rows[edge_mask], sources[edge_mask]
+    kept = slice(None) if edge_mask is None else edge_mask
+    sources, targets = graph.edge_sources[kept], graph.edge_targets[kept]
     result = networkx.DiGraph()
     result.add_nodes_from(range(graph.n_nodes) if node_mask is None else np.flatnonzero(node_mask).tolist())
-    result.add_edges_from(zip(sources.tolist(), rows.tolist(), strict=True))
+    result.add_edges_from(zip(sources.tolist(), targets.tolist(), strict=True))
     return result
 
 
@@ -136,8 +134,7 @@ def paths(graph: AttributionGraph, *, k: int = 5, target: int | None = None) -> 
         if len(nodes) > 1
     ]
     found.sort(key=lambda item: (-item[0], item[1]))
-    signs = {(s, t): np.sign(w) for t, s, w in zip(*map(np.ndarray.tolist, _triples(graph)), strict=True)}
-    return [Path(nodes, share * _sign(signs, nodes), share) for share, nodes in found[:k]]
+    return [Path(nodes, share * _sign(graph, nodes), share) for share, nodes in found[:k]]
 
 
 def write_graphml(graph: AttributionGraph, path: str | PathLike[str]) -> None:
@@ -151,11 +148,9 @@ def write_graphml(graph: AttributionGraph, path: str | PathLike[str]) -> None:
 
 def _strongest(graph: AttributionGraph, k: int) -> list[list[tuple[float, int, int]]]:
     """Return per node its k best (share, previous node, rank there), tokens starting with share 1."""
-    generations(graph)  # names the cycle, if any
-    rows, _ = _endpoints(graph)
-    shares, adjacency = _shares(graph, rows), graph.adjacency
+    shares, adjacency = _shares(graph), graph.adjacency
     best: list[list[tuple[float, int, int]]] = [[] for _ in range(graph.n_nodes)]
-    for node in networkx.topological_sort(digraph(graph)):
+    for node in np.argsort(topological_levels(graph), kind="stable").tolist():
         if graph.nodes.is_embedding[node]:
             best[node] = [(1.0, -1, 0)]
             continue
@@ -178,24 +173,13 @@ def _trace_back(best: list[list[tuple[float, int, int]]], end: int, rank: int) -
     return share, tuple(reversed(nodes))
 
 
-def _sign(signs: dict[tuple[int, int], float], nodes: tuple[int, ...]) -> float:
-    return float(np.prod([signs[pair] for pair in pairwise(nodes)]))
+def _sign(graph: AttributionGraph, nodes: tuple[int, ...]) -> float:
+    return float(np.prod([np.sign(graph.adjacency[target, source]) for source, target in pairwise(nodes)]))
 
 
-def _triples(graph: AttributionGraph) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rows, sources = _endpoints(graph)
-    return rows, sources, graph.adjacency.data
-
-
-def _endpoints(graph: AttributionGraph) -> tuple[Int[np.ndarray, " n_edges"], Int[np.ndarray, " n_edges"]]:
-    rows = np.repeat(np.arange(graph.n_nodes), np.diff(graph.adjacency.indptr))
-    return rows, graph.adjacency.indices
-
-
-def _shares(graph: AttributionGraph, rows: Int[np.ndarray, " n_edges"]) -> Float[np.ndarray, " n_edges"]:
+def _shares(graph: AttributionGraph) -> Float[np.ndarray, " n_edges"]:
     sizes = np.abs(graph.adjacency.data.astype(np.float64))
-    totals = np.bincount(rows, weights=sizes, minlength=graph.n_nodes)
-    return sizes / totals[rows]
+    return sizes / graph.sum_rows(sizes)[graph.edge_targets]
 
 
 def _checked(graph: AttributionGraph, node: int, call: str) -> int:
