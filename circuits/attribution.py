@@ -35,7 +35,7 @@ def attribute(
     *,
     targets: Spec | Sequence[Spec] | None = None,
     position: int | None = None,
-    max_features: int | None = None,
+    max_features: int | None = 7500,
     max_logits: int = 10,
     logit_probability: float = 0.95,
     engine: str = "linear",
@@ -52,8 +52,8 @@ def attribute(
         set of tokens that holds `logit_probability` of the distribution, at most `max_logits`.
     position: where tokens and directions are predicted; None: the last position. What follows the last position that
         any target reads cannot matter, and is left out of the graph.
-    max_features: trace the inputs of at most this many features, taken in order of influence; None: of all. What
-        features left out contribute is kept as a sum (`graph.untraced`).
+    max_features: trace the inputs of at most this many features, taken in order of influence; None: of all. Features
+        left out are no nodes; what they contribute is kept as a sum (`graph.untraced`).
     engine: "linear" (matrix products) or "autograd" (the reference, slow).
     trace_bos: trace position 0 like any other; by the field's convention it has no features and no errors.
     batch_size, update_interval: features are ranked anew after every `batch_size * update_interval` of them; a
