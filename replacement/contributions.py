@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ class Contributions(NamedTuple):
     bos: Float[Tensor, " n"]  # what the MLPs write at position 0, zero where position 0 is traced
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Computes rows of contributions for targets of one local model."""
 
