@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from replacement.activation import Activation
-from replacement.dictionary import Dictionary
+from replacement.dictionary import LinearEncoder
 from replacement.errors import InputError
 
 
-class CrossLayerTranscoder(Dictionary):
+class CrossLayerTranscoder(LinearEncoder):
     """`a = act(x_l W_enc^T + b_enc)`; adds `a W_dec[:, j]` at layer `l + j`, and `b_dec` once at layer l."""
 
     kind = "cross_layer_transcoder"
-    W_enc: nn.Parameter  # [n_features, d_in]
-    b_enc: nn.Parameter  # [n_features]
     W_dec: nn.Parameter  # [n_features, n_writes, d_out], slot j writes at layer + j
     b_dec: nn.Parameter  # [d_out]
     W_skip = None
@@ -53,14 +50,6 @@ class CrossLayerTranscoder(Dictionary):
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         self.activation = activation
-
-    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... n_features"]:
-        return self.activation(F.linear(x, self.W_enc, self.b_enc))
-
-    def encoder_rows(
-        self, features: Int[Tensor, " n"], x: Float[Tensor, "n d_in"]
-    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " n"]]:
-        return self.W_enc[features], self.b_enc[features]
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
         return self.W_dec[features, layer - self.layer]

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from replacement.activation import Activation
 from replacement.errors import InputError
 
 
@@ -61,6 +63,22 @@ class Dictionary(nn.Module, abc.ABC):
     def skip(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"] | float:
         """`W_skip x`, zero for kinds without a skip connection."""
         return 0.0 if self.W_skip is None else x @ self.W_skip.T
+
+
+class LinearEncoder(Dictionary):
+    """A dictionary whose features are `act(x W_enc^T + b_enc)`: transcoders of every kind."""
+
+    W_enc: nn.Parameter  # [n_features, d_in]
+    b_enc: nn.Parameter  # [n_features]
+    activation: Activation
+
+    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... n_features"]:
+        return self.activation(F.linear(x, self.W_enc, self.b_enc))
+
+    def encoder_rows(
+        self, features: Int[Tensor, " n"], x: Float[Tensor, "n d_in"]
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " n"]]:
+        return self.W_enc[features], self.b_enc[features]
 
 
 @dataclass(frozen=True)

@@ -8,19 +8,16 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from replacement.activation import Activation
-from replacement.dictionary import Dictionary
+from replacement.dictionary import LinearEncoder
 from replacement.errors import InputError
 
 
-class Transcoder(Dictionary):
+class Transcoder(LinearEncoder):
     """`y = act(x W_enc^T + b_enc) W_dec + b_dec (+ x W_skip^T)`, one feature per row of `W_enc` and `W_dec`."""
 
     kind = "transcoder"
-    W_enc: nn.Parameter  # [n_features, d_in]
-    b_enc: nn.Parameter  # [n_features]
     W_dec: nn.Parameter  # [n_features, d_out]
     b_dec: nn.Parameter  # [d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
@@ -58,14 +55,6 @@ class Transcoder(Dictionary):
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         self.W_skip = None if W_skip is None else nn.Parameter(W_skip)
         self.activation = activation
-
-    def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... n_features"]:
-        return self.activation(F.linear(x, self.W_enc, self.b_enc))
-
-    def encoder_rows(
-        self, features: Int[Tensor, " n"], x: Float[Tensor, "n d_in"]
-    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " n"]]:
-        return self.W_enc[features], self.b_enc[features]
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
         assert layer == self.layer
