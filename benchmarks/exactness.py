@@ -2,9 +2,10 @@
 
     python benchmarks/exactness.py
 
-Columns: largest difference between the local model's logits and the language model's; largest relative residual of a row
-(edges and biases against the target's pre-activation); largest difference between the two engines' edges, relative to the
-largest edge. Where ../shared/fixtures is, a second table compares with the reference tool's stored results.
+Columns: largest difference between the local model's logits and the language model's; largest relative residual of a
+    row
+(edges and biases against the target's pre-activation); largest difference between the two engines' edges, relative to
+the largest edge. Where ../shared/fixtures is, a second table compares with the reference tool's stored results.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def laws(folder: Path, family: str, kind: str, dtype: str) -> tuple[float, float
 
 
 def parity(folder: Path) -> tuple[float, float, float]:
-    """Difference from a stored result: adjacency relative to its largest entry, replacement score, completeness score."""
+    """Difference from a stored result: adjacency relative to its largest entry, replacement score, completeness
+    score."""
     from safetensors.torch import load_file
 
     record = json.loads((folder / "graph.json").read_text())
@@ -75,8 +77,14 @@ def main() -> None:
             folder = save_tiny_model(family, Path(scratch) / family)
             for kind in KINDS:
                 single, double = (laws(folder, family, kind, dtype) for dtype in ("float32", "float64"))
-                rows.append([family, kind, *(f"{value:.1e}" for pair in zip(single, double, strict=True) for value in pair)])
-    head = ["family", "kind", *(f"{name} {bits}" for name in ("logits", "rows", "engines") for bits in ("fp32", "fp64"))]
+                rows.append(
+                    [family, kind, *(f"{value:.1e}" for pair in zip(single, double, strict=True) for value in pair)]
+                )
+    head = [
+        "family",
+        "kind",
+        *(f"{name} {bits}" for name in ("logits", "rows", "engines") for bits in ("fp32", "fp64")),
+    ]
     table("Laws of the local replacement model", head, rows)
     stored = sorted((ROOT.parent / "shared" / "fixtures").glob("*/graph.json"))
     if stored:

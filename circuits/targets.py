@@ -120,7 +120,8 @@ def _resolve(model: ReplacementModel, local: LocalModel, spec: Spec, position: i
     if isinstance(spec, Direction):
         if spec.vector.shape != (weights.W_U.shape[0],) or not torch.isfinite(spec.vector).all():
             raise InputError(
-                f"target {spec.label!r}: needs a finite vector of width {weights.W_U.shape[0]}, got shape {list(spec.vector.shape)}"
+                f"target {spec.label!r}: needs a finite vector of width {weights.W_U.shape[0]}, "
+                f"got shape {list(spec.vector.shape)}"
             )
         row, bias, weight, token, label = spec.vector.to(weights.W_U), 0.0, spec.weight, -1, spec.label
     elif isinstance(spec, str) and (pair := _difference(model, spec)):

@@ -39,7 +39,8 @@ class CrossLayerTranscoder(LinearEncoder):
         if W_dec.ndim != 3 or W_dec.shape[0] != self.n_features or b_enc.shape != (self.n_features,):
             raise InputError(
                 f"cross-layer transcoder of layer {layer}: W_dec has shape {list(W_dec.shape)} and b_enc "
-                f"{list(b_enc.shape)}, needs [{self.n_features}, n_writes, d_out] and [{self.n_features}] to fit W_enc {list(W_enc.shape)}"
+                f"{list(b_enc.shape)}, needs [{self.n_features}, n_writes, d_out] and [{self.n_features}] "
+                f"to fit W_enc {list(W_enc.shape)}"
             )
         self.d_out = W_dec.shape[2]
         if b_dec.shape != (self.d_out,):

@@ -13,8 +13,9 @@ TIMEOUT = 10.0  #: seconds to wait for the hub's first answer
 def require_on_hub(repository: str, filename: str, *, what: str, choices: str) -> None:
     """Raise InputError unless `repository` is in the local cache or the hub says that it has it.
 
-    filename: a file whose presence in the cache shows that the repository was downloaded before. what: how the error calls
-    it, such as "model". choices: what else could be passed.
+    filename: a file whose presence in the cache shows that the repository was downloaded before.
+    what: how the error calls it, such as "model".
+    choices: what else could be passed.
     """
     from huggingface_hub import model_info, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError

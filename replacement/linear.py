@@ -2,8 +2,8 @@
 
 With attention patterns and norm scales frozen at their values on the prompt, what flows from any write to any later
 read is a linear map: norms, value and output maps of attention, skip connections of dictionaries. This file applies
-that map (`stream`) and its transpose (`sweep`) as plain matrix products: no hooks, no autograd. It knows nothing of
-features.
+that map (`attention`, `read`, `write`) and its transpose (`sweep`) as plain matrix products: no hooks, no autograd. It
+knows nothing of features.
 
 Places in the residual stream are called by block: `pre` (before attention), `mid` (after attention, where the MLP
 reads; in a parallel block the same as `pre`), `post` (after the MLP's write).

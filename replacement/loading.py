@@ -1,4 +1,4 @@
-"""Booting a language model as a TransformerBridge, safely: weights in safetensors only, no code that comes with it is run.
+"""Booting a language model as a TransformerBridge, safely: safetensors only, and no foreign code is run.
 
 Knows where models are found and what can be wrong with them; nothing of dictionaries.
 """
@@ -21,8 +21,8 @@ from replacement.hub import require_on_hub
 def load_bridge(model: str | Path, dtype: torch.dtype, device: str) -> tuple[Any, Path | None]:
     """Boot a language model as a TransformerBridge; also its directory, None for a hub id.
 
-    model: a shipped model's name, a Hugging Face directory, or a hub id. Raises InputError, one line, where it is missing,
-    damaged, has values that are not finite, or the device is not there.
+    model: a shipped model's name, a Hugging Face directory, or a hub id.
+    Raises InputError, one line, where it is missing, damaged, not finite, or the device is not there.
     """
     from transformer_lens.model_bridge import TransformerBridge
 

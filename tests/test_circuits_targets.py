@@ -156,7 +156,8 @@ def test_bad_settings_are_refused_in_one_line(model, settings, message):
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder", "cross_layer_transcoder", "neurons"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "neox"])
 def test_direct_effects_are_the_edges(tiny_model, family, kind):
-    """With everything frozen, setting a feature to zero moves a target's logit by minus its edge (before any soft-cap)."""
+    """With everything frozen, setting a feature to zero moves a target's logit by minus its edge (before any
+    soft-cap)."""
     model = tiny_model(family, kind, "relu", "float64")
     graph = attribute(model, PROMPT, targets=["w7 - w9"])
     nodes, row = graph.nodes, graph.dense_adjacency()[graph.targets[0]]

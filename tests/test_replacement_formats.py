@@ -1,4 +1,5 @@
-"""Dictionary folders: what is saved is what is loaded, by outputs; damaged and hostile folders are refused in one line."""
+"""Dictionary folders: what is saved is what is loaded, by outputs; damaged and hostile folders are refused in one
+line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Loading a model with its dictionaries, and the tokens of a prompt: what fits works, what does not is said in one line."""
+"""Loading a model with its dictionaries, and the tokens of a prompt: what fits works, what does not is said in one
+line."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
-from replacement.hub import require_on_hub
 from replacement.formats import circuit_tracer, native
 from replacement.formats.native import save
+from replacement.hub import require_on_hub
 
 __all__ = ["find", "load", "save", "shipped"]
 

@@ -44,8 +44,8 @@ def save(
 ) -> None:
     """Write a set; every file appears whole, `config.json` last.
 
-    dtype: "float32", "float16", "bfloat16" or "float64" of the stored tensors. metadata: JSON values, kept in the
-        config.
+    dtype: "float32", "float16", "bfloat16" or "float64" of the stored tensors.
+    metadata: JSON values, kept in the config.
     """
     import torch
 
