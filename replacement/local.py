@@ -1,4 +1,4 @@
-"""The local replacement model of one prompt: active features, error vectors and all else that its residual stream holds.
+"""The local replacement model of one prompt: active features, errors, and all else that its residual stream holds.
 
 Every MLP's output is written as `sum_i a_i d_i + b_dec (+ W_skip x) + error`; with the linear path between, the model's
 logits on this prompt are reproduced exactly. Position 0 follows the field's convention: it carries no features and no

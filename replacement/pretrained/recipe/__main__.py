@@ -1,0 +1,97 @@
+"""Command line of the recipe: `train` makes a model folder, `tasks` prints the accuracies of one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from replacement.errors import InputError
+from replacement.pretrained import directory
+from replacement.pretrained.recipe import tasks
+from replacement.pretrained.recipe.card import card
+from replacement.pretrained.recipe.export import export, load, write_json
+from replacement.pretrained.recipe.training import Run, Schedule
+
+HEADLINES = (
+    "city_state",
+    "two_hop_seen_states",
+    "two_hop_h1_states",
+    "two_hop_h2_states",
+    "two_hop_h2_countries",
+    "antonym_across_held_out",
+    "indirect_object",
+    "induction",
+    "sum_held_out",
+    "greater_than",
+)
+"""Tasks that are printed while training."""
+PRINT_EVERY = 100
+"""Steps between lines while training."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's arguments."""
+    top = argparse.ArgumentParser(prog="python -m replacement.pretrained.recipe", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train the model and write its folder")
+    train.add_argument("--out", type=Path, required=True, help="folder of the model; training.pt in it is resumed")
+    train.add_argument("--steps", type=int, default=Schedule().steps, help="updates (default: %(default)s)")
+    train.add_argument("--minutes", type=float, help="stop after so many CPU minutes; run again to go on")
+    train.add_argument("--seed", type=int, default=Schedule().seed)
+    train.add_argument("--every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
+    train.add_argument("--no-compile", action="store_true", help="do not use torch.compile (no C++ compiler)")
+    table = commands.add_parser("tasks", help="print the accuracy of a model folder by task")
+    table.add_argument("--model", type=Path, help="model folder (default: the one that ships)")
+    return top
+
+
+def train(out: Path, schedule: Schedule, *, every: int, minutes: float | None = None) -> dict[str, float]:
+    """Train, or go on from `training.pt` in `out`; write the model folder; return its accuracies by task."""
+    out.mkdir(parents=True, exist_ok=True)
+    run, checkpoint = Run(schedule), out / "training.pt"
+    if checkpoint.exists():
+        run.resume(checkpoint)
+    for now in run.train(minutes=minutes):
+        if now.step % PRINT_EVERY == 0:
+            losses = f"loss on answers {now.answer_loss:.3f}, on other tokens {now.other_loss:.3f}"
+            print(f"step {now.step}/{schedule.steps}  {now.seconds:.0f} s  {losses}", file=sys.stderr, flush=True)
+        if now.step % every == 0 and now.step < schedule.steps:
+            run.save(checkpoint)
+            export(run.model, out)
+            scores = tasks.evaluate(load(out))
+            shown = "  ".join(f"{name} {100 * scores[name]:.1f}" for name in HEADLINES)
+            print(f"  {shown}", file=sys.stderr, flush=True)
+    run.save(checkpoint)
+    export(run.model, out)
+    scores = tasks.evaluate(load(out))
+    write_json(out / "tasks.json", {name: round(value, 4) for name, value in scores.items()})
+    (out / "README.md").write_text(card(schedule, run.model.shape, scores), encoding="utf-8")
+    return scores
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = parser().parse_args(arguments)
+    try:
+        torch.set_num_threads(1)
+        if given.command == "train":
+            schedule = Schedule(steps=given.steps, seed=given.seed, compiled=not given.no_compile)
+            scores = train(given.out, schedule, every=given.every, minutes=given.minutes)
+        else:
+            folder = given.model or directory("atlas")
+            if not (folder / "config.json").exists():
+                raise InputError(f"tasks(model={str(folder)!r}): no config.json there; give a model folder")
+            scores = tasks.evaluate(load(folder))
+    except InputError as mistake:
+        print(mistake, file=sys.stderr)
+        return 2
+    for name, value in scores.items():
+        print(f"{name:36s} {100 * value:6.1f} %")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
