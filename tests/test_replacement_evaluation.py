@@ -1,0 +1,87 @@
+"""Laws of the figures: streaming equals the definition on everything at once; known models give known values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from replacement.activation import JumpReLU
+from replacement.errors import InputError
+from replacement.evaluation import ReconstructionMeter, ReplacementMeter, evaluate_reconstruction, evaluate_replacement
+from replacement.transcoder import random_transcoder
+
+
+def transcoder(layer: int = 0, *, skip: bool = False):
+    return random_transcoder(
+        layer=layer,
+        read="mlp.hook_in",
+        write="mlp.hook_out",
+        n_features=24,
+        d_model=6,
+        activation=JumpReLU(torch.tensor(0.9)),
+        skip=skip,
+        seed=3,
+    )
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_streamed_reconstruction_equals_its_definition(skip: bool) -> None:
+    """FVU, L0 and dead fraction over uneven batches are those of the concatenated set."""
+    torch.manual_seed(0)
+    dictionary = transcoder(skip=skip)
+    x, y = torch.randn(100, 6), torch.randn(100, 6) + 5
+    found = evaluate_reconstruction([dictionary], [([x[:7]], [y[:7]]), ([x[7:60]], [y[7:60]]), ([x[60:]], [y[60:]])])[0]
+    with torch.no_grad():
+        error = (dictionary(x) - y).double()
+        fires = dictionary.encode(x) != 0
+    assert found.fvu == pytest.approx(
+        (error.square().sum() / (y.double() - y.double().mean(0)).square().sum()).item(), rel=1e-6
+    )
+    assert found.l0 == pytest.approx(fires.sum().item() / 100)
+    assert found.dead == pytest.approx((~fires.any(0)).float().mean().item())
+    assert (found.tokens, found.n_features, found.layer) == (100, 24, 0)
+
+
+def test_a_perfect_dictionary_has_no_unexplained_variance() -> None:
+    dictionary, x = transcoder(), torch.randn(50, 6)
+    with torch.no_grad():
+        found = evaluate_reconstruction([dictionary], [([x], [dictionary(x)])])[0]
+    assert found.fvu < 1e-9
+
+
+def test_the_original_in_place_of_the_replaced_model_is_perfect() -> None:
+    """Top-1 agreement and CE recovered are 1 and KL is 0 for the model itself; CE recovered is 0 for the ablated
+    model.
+    """
+    torch.manual_seed(0)
+    table, other = torch.randn(9, 9), torch.randn(9, 9)
+    tokens = torch.randint(9, (4, 11))
+    batches = [(tokens, tokens > 4)]
+    same = evaluate_replacement(lambda t: table[t], lambda t: table[t], lambda t: other[t], batches)
+    for figures in same.values():
+        assert (
+            figures.top1 == 1 and figures.kl == pytest.approx(0, abs=1e-12) and figures.ce_recovered == pytest.approx(1)
+        )
+    assert same["all"].tokens == 40 and same["answer"].tokens == (tokens[:, 1:] > 4).sum()
+    assert evaluate_replacement(lambda t: table[t], lambda t: other[t], lambda t: other[t], batches)[
+        "all"
+    ].ce_recovered == pytest.approx(0)
+
+
+def test_divergence_and_losses_equal_their_definitions() -> None:
+    torch.manual_seed(1)
+    logits, targets = torch.randn(3, 20, 5), torch.randint(5, (20,))
+    meter = ReplacementMeter()
+    meter.update(*(part[:13] for part in logits), targets[:13])
+    meter.update(*(part[13:] for part in logits), targets[13:])
+    found, p = meter.figures(), logits.double().softmax(-1)
+    assert found.kl == pytest.approx((p[0] * (p[0] / p[1]).log()).sum(-1).mean().item())
+    assert found.ce_replaced == pytest.approx(-p[1][torch.arange(20), targets].log().mean().item())
+    assert found.top1 == pytest.approx((logits[0].argmax(-1) == logits[1].argmax(-1)).float().mean().item())
+
+
+def test_an_empty_evaluation_is_an_error() -> None:
+    with pytest.raises(InputError, match="got no tokens"):
+        ReplacementMeter().figures()
+    with pytest.raises(InputError, match="got no tokens"):
+        ReconstructionMeter(transcoder()).figures()
