@@ -17,7 +17,7 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from circuits.selection import partial_influence
-from circuits.targets import Spec, Target, as_specs, last_position, resolve, stack
+from circuits.targets import Spec, Target, as_specs, from_start, last_position, resolve, stack
 from graphs.graph import AttributionGraph, NodeKind, NodeTable, row_residual
 from replacement.contributions import Contributions, Engine
 from replacement.errors import InputError
@@ -25,6 +25,7 @@ from replacement.local import LocalModel
 from replacement.model import ReplacementModel
 
 SWEEP_BYTES = 256 * 2**20  #: what one sweep's working arrays may take
+MAX_RESIDUAL = 0.01  #: relative residual beyond which rows are wrong, not rounded, in float32 and float64
 
 Progress = Callable[[int, int], None]
 
@@ -59,12 +60,13 @@ def attribute(
     batch_size, update_interval: features are ranked anew after every `batch_size * update_interval` of them; a
         sweep takes at most `batch_size` targets.
     progress: called with (rows done, rows in all).
-    Raises InputError for a prompt, target or setting that cannot be used.
+    Raises InputError for a prompt, target or setting that cannot be used, and where rows do not add up because the
+    architecture has paths that are not known here.
     """
     _check_settings(max_features, max_logits, logit_probability, batch_size, update_interval)
     tokens, specs = model.tokenize(prompt), as_specs(targets)
     last = last_position(specs, position, len(tokens))
-    at = len(tokens) - 1 if position is None else position % len(tokens)
+    specs, at = from_start(specs, len(tokens)), (-1 if position is None else position) % len(tokens)
     with torch.no_grad():
         local = model.local(tokens[: last + 1], trace_bos=trace_bos)
         resolved = resolve(
@@ -81,21 +83,36 @@ def attribute(
             "trace_bos": trace_bos,
         }
         text = prompt if isinstance(prompt, str) else model.bridge.tokenizer.decode(tokens.tolist())
-        return _assemble(model, tracer, text, settings)
+        graph = _assemble(model, tracer, text, settings)
+    _require_whole_rows(model, graph)
+    return graph
 
 
 def _check_settings(
     max_features: int | None, max_logits: int, logit_probability: float, batch_size: int, update_interval: int
 ) -> None:
     for name, value in (("max_logits", max_logits), ("batch_size", batch_size), ("update_interval", update_interval)):
-        if value < 1:
-            raise InputError(f"attribute({name}={value}): must be at least 1")
-    if max_features is not None and max_features < 0:
-        raise InputError(f"attribute(max_features={max_features}): must be 0 or more; pass None for all")
-    if not 0 < logit_probability <= 1:
+        if not _is_whole(value) or value < 1:
+            raise InputError(f"attribute({name}={value!r}): must be at least 1, a whole number")
+    if max_features is not None and (not _is_whole(max_features) or max_features < 0):
+        raise InputError(f"attribute(max_features={max_features!r}): must be 0 or more; pass None for all")
+    if not isinstance(logit_probability, int | float) or not 0 < logit_probability <= 1:
         raise InputError(
             f"attribute(logit_probability={logit_probability}): must be in (0, 1]; for 95 percent pass 0.95"
         )
+
+
+def _require_whole_rows(model: ReplacementModel, graph: AttributionGraph) -> None:
+    """Raise InputError where rows do not add up; half precision rounds the model's own stream, and is let through."""
+    if model.dtype == model.compute_dtype and graph.residual is not None and graph.residual > MAX_RESIDUAL:
+        raise InputError(
+            f"attribute(engine={graph.settings['engine']!r}): rows miss their targets by up to {graph.residual:.0%} of "
+            f"their size; the linear path does not know {model.name}'s architecture, and its graph would be wrong"
+        )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class _Tracer:

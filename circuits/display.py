@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 from rich.text import Text
 
-from circuits.report import Prediction, Report, Route, Step, Theme, place
+from circuits.report import Prediction, Report, Route, Step, Theme, place, quoted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -97,6 +97,9 @@ def _origin(facts: Report) -> Table:
     if facts.predictions:
         grid.add_row(Text("next token", FAINT), _listed(facts.predictions))
     grid.add_row(Text("traced", FAINT), _traced(facts))
+    if facts.sources:
+        shown = [Prediction(source.token, source.share) for source in facts.sources[:5]]
+        grid.add_row(Text("comes from", FAINT), _listed(shown, style=TOKEN))
     grid.add_row(Text("model", FAINT), Text(facts.model or "not said"))
     grid.add_row(Text("dictionaries", FAINT), Text(facts.dictionaries or "not said"))
     return grid
@@ -114,10 +117,10 @@ def _traced(facts: Report) -> Text:
     return Text(f"the {len(targets)} most probable, {together} together")
 
 
-def _listed(predictions: Sequence[Prediction]) -> Text:
+def _listed(predictions: Sequence[Prediction], *, style: str = TARGET) -> Text:
     line = Text()
     for number, (token, probability) in enumerate(predictions):
-        line.append("   " if number else "").append(token.strip() or repr(token), TARGET if number == 0 else "")
+        line.append("   " if number else "").append(token.strip() or repr(token), style if number == 0 else "")
         line.append(f" {_percent(probability)}", FAINT)
     return line
 
@@ -143,7 +146,7 @@ def _step(step: Step, before: Step | None) -> Text:
     if step.kind == "target":
         return Text(step.words, TARGET)
     where = place(step, before)
-    text = Text(f'"{step.words}"' if step.named else step.words, FEATURE if step.kind == "feature" else ERROR)
+    text = Text(quoted(step), FEATURE if step.kind == "feature" else ERROR)
     return text.append(f" ({where})", FAINT) if where else text
 
 
@@ -218,10 +221,10 @@ def _percent(share: float) -> str:
 
 def _arrow() -> str:
     try:
-        "→".encode(sys.stdout.encoding or "ascii")
+        "─▶".encode(sys.stdout.encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return "->"
-    return "→"
+    return "─▶"
 
 
 class Stages:

@@ -7,7 +7,9 @@ the exact direct effects. Follows circuit-tracer's conventions (Hanna et al. 202
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -43,17 +45,26 @@ def intervene(
 
     freeze: "attention" (patterns as on the prompt, all else recomputed), "everything" (patterns, norm scales and MLP
         outputs as on the prompt: only the linear paths of the graph transmit), or "nothing".
-    Raises InputError for a layer, position or feature that does not exist.
+    A feature that is given twice at one position gets the last value.
+    Raises InputError for a value that is not finite, or a layer, position or feature that does not exist.
     """
     if freeze not in FREEZES:
         raise InputError(f"intervene(freeze={freeze!r}): needs one of {', '.join(FREEZES)}")
     tokens = model.tokenize(prompt)
-    checked = [_check(model, Intervention(*one), len(tokens)) for one in interventions]
+    made = [_check(model, one, len(tokens)) for one in interventions]
+    checked = list({one[:3]: one for one in made}.values())
     with torch.no_grad():
         return _linear(model, tokens, checked) if freeze == "everything" else _rerun(model, tokens, checked, freeze)
 
 
-def _check(model: ReplacementModel, one: Intervention, n_positions: int) -> Intervention:
+def _check(
+    model: ReplacementModel, given: Intervention | tuple[int, int, int, float], n_positions: int
+) -> Intervention:
+    if len(given) != 4 or any(isinstance(i, bool) or not isinstance(i, Integral) for i in given[:3]):
+        raise InputError(f"intervene({given}): needs (layer, position, feature, value), the first three whole numbers")
+    one = Intervention(*given)
+    if not math.isfinite(one.value):
+        raise InputError(f"{one}: needs a finite value")
     dictionary = model.dictionaries.by_layer.get(one.layer)
     if dictionary is None:
         raise InputError(f"{one}: layers are 0 to {model.n_layers - 1}")

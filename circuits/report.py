@@ -75,6 +75,15 @@ class Route(NamedTuple):
         )
 
 
+class Source(NamedTuple):
+    """One token of the prompt as a source of the answer."""
+
+    token: str
+    position: int
+    share: float
+    """Its share of the influence of all tokens in the pruned graph."""
+
+
 class Theme(NamedTuple):
     """Features of one label, put together."""
 
@@ -107,6 +116,8 @@ class Report:
     pruned: Size
     thresholds: tuple[float, float] | None
     """Node and edge threshold; None where the graph was not pruned."""
+    sources: tuple[Source, ...]
+    """The prompt's tokens, most influential first."""
     themes: tuple[Theme, ...]
     routes: tuple[Route, ...]
 
@@ -140,6 +151,7 @@ def report(
         whole=size(graph) if graph is not pruned else None,
         pruned=size(pruned),
         thresholds=(pruning["node_threshold"], pruning["edge_threshold"]) if pruning else None,
+        sources=sources(pruned),
         themes=themes(pruned, k=n_themes),
         routes=routes(pruned, k=n_routes),
     )
@@ -163,6 +175,18 @@ def error_share(graph: AttributionGraph) -> float:
     influence = node_influence(graph)
     total = float(influence.sum())
     return float(influence[graph.nodes.is_error].sum()) / total if total > 0 else 0.0
+
+
+def sources(graph: AttributionGraph) -> tuple[Source, ...]:
+    """Return the prompt's tokens by their embeddings' influence, most influential first."""
+    tokens = np.flatnonzero(graph.nodes.is_embedding)
+    influence = node_influence(graph)[tokens]
+    total = float(influence.sum()) or 1.0
+    positions = graph.nodes.position[tokens].tolist()
+    found = [
+        Source(_token(graph, at), at, share / total) for at, share in zip(positions, influence.tolist(), strict=True)
+    ]
+    return tuple(sorted(found, key=lambda source: (-source.share, source.position)))
 
 
 def themes(graph: AttributionGraph, *, k: int) -> tuple[Theme, ...]:
@@ -218,8 +242,13 @@ def describe(step: Step, before: Step | None) -> str:
     """Return a step in words, with its token where the step before stood over another one."""
     if step.kind in ("token", "target"):
         return step.words
-    words = f'"{step.words}"' if step.named else step.words
-    return f"{words} ({place(step, before)})" if place(step, before) else words
+    where = place(step, before)
+    return f"{quoted(step)} ({where})" if where else quoted(step)
+
+
+def quoted(step: Step) -> str:
+    """Return a step's words, in quotes where they are a label."""
+    return '"{}"'.format(step.words.replace('"', "'")) if step.named else step.words
 
 
 def place(step: Step, before: Step | None) -> str:

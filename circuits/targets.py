@@ -6,8 +6,10 @@ engine can read. Knows nothing of sweeps or graphs.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -18,7 +20,7 @@ from replacement.errors import InputError
 from replacement.local import LocalModel, Targets
 from replacement.model import ReplacementModel
 
-_FEATURE = re.compile(r"\s*L(\d+)\s*#(\d+)\s*@(-?\d+)\s*")
+_FEATURE = re.compile(r"\s*L(\d{1,9})\s*#(\d{1,9})\s*@(-?\d{1,9})\s*")
 
 
 class Direction(NamedTuple):
@@ -58,11 +60,11 @@ def as_specs(targets: Spec | Sequence[Spec] | None) -> list[Spec] | None:
     """The targets as a list; None stands for the default, the most probable tokens."""
     if targets is None:
         return None
-    if isinstance(targets, Tensor):
-        return [int(token) for token in targets] if not targets.is_floating_point() else [targets]
-    if isinstance(targets, str | int | Feature | Direction):
+    if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
+        targets = targets.tolist()
+    if isinstance(targets, str | Feature | Direction | Tensor) or not isinstance(targets, Iterable):
         targets = [targets]
-    specs = [_parse_feature(spec) if isinstance(spec, str) else spec for spec in targets]
+    specs = [_as_spec(spec) for spec in targets]
     if not specs:
         raise InputError(
             "attribute(targets=[]): is empty; pass None for the most probable tokens, or at least one target"
@@ -70,21 +72,42 @@ def as_specs(targets: Spec | Sequence[Spec] | None) -> list[Spec] | None:
     return specs
 
 
-def _parse_feature(text: str) -> Spec:
-    match = _FEATURE.fullmatch(text)
-    return Feature(*(int(group) for group in match.groups())) if match else text
+def _as_spec(given: object) -> Spec:
+    """One target as a known kind; raises InputError where it is none."""
+    if isinstance(given, str):
+        match = _FEATURE.fullmatch(given)
+        return Feature(*(int(group) for group in match.groups())) if match else given
+    if isinstance(given, Feature | Direction) or (isinstance(given, Tensor) and given.is_floating_point()):
+        return given
+    if isinstance(given, Tensor) and given.ndim == 0 and given.dtype != torch.bool:
+        return int(given)
+    if isinstance(given, Integral) and not isinstance(given, bool):
+        return int(given)
+    raise InputError(
+        f"attribute(targets=...): got a {type(given).__name__}, needs a token (text or id), 'A - B', "
+        "'L3#1204@7' or Feature, a Direction, a vector, or a list of those"
+    )
 
 
 def last_position(specs: list[Spec] | None, position: int | None, n_positions: int) -> int:
     """The last position that any target reads; what comes after it cannot matter to them."""
-    wanted = []
+    wanted = [] if position is None else [position]
     if specs is None or any(not isinstance(spec, Feature) for spec in specs):
-        wanted.append(-1 if position is None else position)
+        wanted += [-1] if position is None else []
+    elif position is not None:
+        raise InputError(f"position {position}: features bring their own, after the @; leave it out")
     wanted += [spec.position for spec in specs or [] if isinstance(spec, Feature)]
     for one in wanted:
-        if not -n_positions <= one < n_positions:
-            raise InputError(f"position {one}: the prompt has positions 0 to {n_positions - 1} (0 is BOS)")
+        if isinstance(one, bool) or not isinstance(one, Integral) or not -n_positions <= one < n_positions:
+            raise InputError(f"position {one!r}: the prompt has positions 0 to {n_positions - 1} (0 is BOS)")
     return max(one % n_positions for one in wanted)
+
+
+def from_start(specs: list[Spec] | None, n_positions: int) -> list[Spec] | None:
+    """The targets with features' positions counted from the start of the prompt, before what follows is cut off."""
+    if specs is None:
+        return None
+    return [s._replace(position=s.position % n_positions) if isinstance(s, Feature) else s for s in specs]
 
 
 def resolve(
@@ -118,11 +141,7 @@ def _resolve(model: ReplacementModel, local: LocalModel, spec: Spec, position: i
     if isinstance(spec, Tensor):
         spec = Direction(spec)
     if isinstance(spec, Direction):
-        if spec.vector.shape != (weights.W_U.shape[0],) or not torch.isfinite(spec.vector).all():
-            raise InputError(
-                f"target {spec.label!r}: needs a finite vector of width {weights.W_U.shape[0]}, "
-                f"got shape {list(spec.vector.shape)}"
-            )
+        _check_direction(spec, weights.W_U.shape[0])
         row, bias, weight, token, label = spec.vector.to(weights.W_U), 0.0, spec.weight, -1, spec.label
     elif isinstance(spec, str) and (pair := _difference(model, spec)):
         (plus, minus), token, weight, label = pair, -1, 1.0, spec.strip()
@@ -139,6 +158,15 @@ def _resolve(model: ReplacementModel, local: LocalModel, spec: Spec, position: i
     return Target(local.n_layers, "", position, row, bias, value, weight, token, label)
 
 
+def _check_direction(direction: Direction, d_model: int) -> None:
+    vector, weight = direction.vector, direction.weight
+    if not isinstance(vector, Tensor) or vector.shape != (d_model,) or not torch.isfinite(vector).all():
+        got = f"got shape {list(vector.shape)}" if isinstance(vector, Tensor) else f"got a {type(vector).__name__}"
+        raise InputError(f"target {direction.label!r}: needs a finite vector of width {d_model}, {got}")
+    if not 0 <= weight < math.inf:
+        raise InputError(f"target {direction.label!r}: has weight {weight}, needs a finite number, 0 or more")
+
+
 def _resolve_feature(model: ReplacementModel, local: LocalModel, spec: Feature) -> Target:
     name = f"L{spec.layer}#{spec.feature}@{spec.position}"
     dictionary = model.dictionaries.by_layer.get(spec.layer)
@@ -146,7 +174,7 @@ def _resolve_feature(model: ReplacementModel, local: LocalModel, spec: Feature) 
         raise InputError(
             f"target {name}: no such feature in {model.dictionaries.name}; layers 0 to {model.n_layers - 1}"
         )
-    position, table = spec.position % local.n_positions, local.features
+    position, table = spec.position, local.features
     found = (table.layer == spec.layer) & (table.feature == spec.feature) & (table.position == position)
     if not found.any():
         where = sorted(set(table.position[(table.layer == spec.layer) & (table.feature == spec.feature)].tolist()))

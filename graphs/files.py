@@ -18,9 +18,15 @@ def whole_file(path: str | os.PathLike[str], *, call: str) -> Iterator[Path]:
     `call` names the public function in the message. Raises InputError where the folder is missing or can't be written.
     """
     target = Path(path)
-    if target.is_dir():
+    try:
+        is_folder, has_folder = target.is_dir(), target.parent.is_dir()
+    except OSError as problem:  # a name too long
+        raise InputError(
+            f"{call}(path={str(target)[:80]!r}...): can't write there ({problem.strerror}); choose another path"
+        ) from problem
+    if is_folder:
         raise InputError(f"{call}(path={str(target)!r}): is a folder, needs a file; add a file name")
-    if not target.parent.is_dir():
+    if not has_folder:
         raise InputError(
             f"{call}(path={str(target)!r}): the folder {str(target.parent)!r} does not exist; create it first"
         )

@@ -76,6 +76,8 @@ class NodeTable:
         for name in ("activation", "probability"):
             if not np.isfinite(getattr(self, name)).all():
                 raise InputError(f"NodeTable({name}=...): got NaN or infinity, needs finite numbers; check the model")
+        if (self.probability < 0).any():
+            raise InputError(f"NodeTable(probability=...): got {self.probability.min()}, needs weights of 0 or more")
 
     def __len__(self) -> int:
         return len(self.kind)

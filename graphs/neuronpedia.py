@@ -18,7 +18,7 @@ from graphs.errors import InputError
 from graphs.files import whole_file
 from graphs.graph import AttributionGraph, NodeKind
 from graphs.names import node_ids
-from graphs.neuronpedia_reader import PROBABILITY, read_neuronpedia
+from graphs.neuronpedia_reader import PROBABILITY, pruning_thresholds, read_neuronpedia
 
 __all__ = ["cantor", "read_neuronpedia", "to_neuronpedia", "upload_problems", "write_neuronpedia"]
 
@@ -59,9 +59,16 @@ def to_neuronpedia(
 def write_neuronpedia(graph: AttributionGraph, path: str | PathLike[str], **names: Any) -> None:
     """Write `to_neuronpedia(graph, **names)` to a file, whole or not at all.
 
-    Raises InputError where the viewers' limit of 100 MB is passed or the path can't be written.
+    Raises InputError where the viewers' limit of 100 MB is passed, the settings aren't JSON or the path can't be
+    written.
     """
-    text = json.dumps(to_neuronpedia(graph, **names), allow_nan=False, separators=(",", ":")).ljust(MIN_BYTES)
+    document = to_neuronpedia(graph, **names)
+    try:
+        text = json.dumps(document, allow_nan=False, separators=(",", ":")).ljust(MIN_BYTES)
+    except (TypeError, ValueError) as problem:
+        raise InputError(
+            f"write_neuronpedia(graph=...): its settings are not JSON ({problem}); use numbers, text, lists, dicts"
+        ) from None
     if len(text) > MAX_BYTES:
         raise InputError(
             f"write_neuronpedia(graph=...): {len(text) / 1024**2:.0f} MB, viewers take at most 100 MB; "
@@ -92,7 +99,7 @@ def upload_problems(document: Mapping[str, Any]) -> list[str]:
 
 def _metadata(graph: AttributionGraph, slug: str, scan: str, details: Mapping[str, str] | None) -> dict[str, Any]:
     settings = {key: value for key, value in graph.settings.items() if key != "pruning" and value is not None}
-    pruning = graph.settings.get("pruning")
+    thresholds = pruning_thresholds(graph.settings.get("pruning"))
     metadata: dict[str, Any] = {
         "slug": slug,
         "scan": scan,
@@ -107,9 +114,8 @@ def _metadata(graph: AttributionGraph, slug: str, scan: str, details: Mapping[st
         metadata["generation_settings"]["residual"] = graph.residual
     if details:
         metadata["feature_details"] = dict(details)
-    if pruning:
-        metadata["node_threshold"] = pruning["node_threshold"]
-        metadata["pruning_settings"] = {key: pruning[key] for key in ("node_threshold", "edge_threshold")}
+    if thresholds is not None:
+        metadata["node_threshold"], metadata["pruning_settings"] = thresholds["node_threshold"], thresholds
     return metadata
 
 

@@ -19,7 +19,8 @@ from scipy.sparse import csr_array
 from graphs.errors import InputError
 from graphs.graph import AttributionGraph, NodeKind, NodeTable
 
-PROBABILITY = re.compile(r"\(p=\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*\)")
+MAX_LAYERS = 2**16
+PROBABILITY = re.compile(r"\(p=\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*\)")
 _QUOTED = re.compile(r'["“](.*)["”]', re.DOTALL)
 _COLUMNS = ("kind", "layer", "position", "feature", "activation")
 _KINDS = {"error": NodeKind.ERROR, "embedding": NodeKind.EMBEDDING, "logit": NodeKind.LOGIT}
@@ -55,6 +56,15 @@ def uncantor(number: int) -> tuple[int, int]:
     return diagonal - feature, feature
 
 
+def pruning_thresholds(record: Any) -> dict[str, float] | None:
+    """Return the two thresholds that a pruning's record holds, None where it holds no such thing."""
+    if not isinstance(record, dict):
+        return None
+    thresholds: dict[str, Any] = {key: record.get(key) for key in ("node_threshold", "edge_threshold")}
+    numbers = (isinstance(value, int | float) and 0 <= value <= 1 for value in thresholds.values())
+    return thresholds if all(numbers) else None
+
+
 class _Wrong(Exception):
     """What is wrong with a document, before the file's name is put to it."""
 
@@ -77,8 +87,8 @@ def _graph(document: Any) -> AttributionGraph:
     adjacency, counts = _adjacency(parsed, _typed(document, "links", list, "the document"))
     columns = {key: np.array([node[key] for node in parsed]) for key in _COLUMNS}
     settings: dict[str, Any] = {"format": "neuronpedia", **generation, **counts}
-    thresholds = metadata.get("pruning_settings")
-    if isinstance(thresholds, dict) and {"node_threshold", "edge_threshold"} <= set(thresholds):
+    settings.pop("pruning", None)
+    if (thresholds := pruning_thresholds(metadata.get("pruning_settings"))) is not None:
         settings["pruning"] = thresholds
     ids = {node["position"]: node["feature"] for node in parsed if node["kind"] == NodeKind.EMBEDDING}
     zeros = np.zeros(len(parsed))
@@ -124,12 +134,14 @@ def _node(node: Any, number: int, n_tokens: int, schema_version: Any) -> dict[st
     if not 0 <= position < n_tokens:
         raise _Wrong(f"{where} is at position {position}, the prompt has {n_tokens} tokens")
     layer = -1 if kind == NodeKind.EMBEDDING else _integer(node, "layer", where)
-    if not -1 <= layer < 2**16:
+    if not -1 <= layer <= MAX_LAYERS:
         raise _Wrong(f"{where} has layer {layer}")
     clerp = node.get("clerp") if isinstance(node.get("clerp"), str) else ""
     probability = _number(node, "token_prob", where) if kind == NodeKind.LOGIT else None
     if not probability and kind == NodeKind.LOGIT and (match := PROBABILITY.search(clerp)):
         probability = float(match[1])
+    if probability is not None and not 0 <= probability < math.inf:
+        raise _Wrong(f"{where} has probability {probability}, needs a finite number, 0 or more")
     return {
         "id": node_id,
         "kind": int(kind),
@@ -170,7 +182,8 @@ def _label(clerp: str, kind: NodeKind) -> str:
 def _n_layers(parsed: list[dict[str, Any]], generation: Mapping[str, Any]) -> int:
     below = 1 + max((node["layer"] for node in parsed if node["kind"] != NodeKind.LOGIT), default=-1)
     top = max((node["layer"] - 1 for node in parsed if node["kind"] == NodeKind.LOGIT), default=0)
-    return max(_whole(generation.get("n_layers"), max(below, top)), below)
+    told = _whole(generation.get("n_layers"), max(below, top))
+    return max(told if told < MAX_LAYERS else top, below)
 
 
 def _probabilities(parsed: list[dict[str, Any]], settings: dict[str, Any]) -> np.ndarray:

@@ -31,6 +31,10 @@ class Activation(nn.Module, abc.ABC):
         """What a config file needs beside the tensors to build this again."""
         return {"name": self.name}
 
+    def require_width(self, n_features: int, where: str) -> None:
+        """Raise InputError, which begins with `where`, unless the function's own tensors fit that many features."""
+        return None
+
 
 class ReLU(Activation):
     """`max(pre, 0)`."""
@@ -49,8 +53,8 @@ class TopK(Activation):
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        if k < 1:
-            raise InputError(f"TopK(k={k}): needs at least 1 feature a token")
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise InputError(f"TopK(k={k!r}): needs a whole number of features a token, at least 1")
         self.k = k
 
     def forward(self, pre: Float[Tensor, "... n_features"]) -> Float[Tensor, "... n_features"]:
@@ -73,6 +77,11 @@ class JumpReLU(Activation):
 
     def forward(self, pre: Float[Tensor, "... n_features"]) -> Float[Tensor, "... n_features"]:
         return pre * (pre > self.threshold)
+
+    def require_width(self, n_features: int, where: str) -> None:
+        shape = tuple(self.threshold.shape)
+        if shape not in ((), (1,), (n_features,)):
+            raise InputError(f"{where}: threshold has shape {list(shape)}, needs [{n_features}], or [] for one shared")
 
 
 class BatchTopK(JumpReLU):
@@ -97,9 +106,9 @@ def build_activation(settings: dict, threshold: Float[Tensor, "*n_features"] | N
     if name == ReLU.name:
         return ReLU()
     if name == TopK.name:
-        return TopK(int(settings.get("k", 0)))
+        return TopK(settings.get("k", 0))
     if name in (JumpReLU.name, BatchTopK.name):
         if threshold is None:
             raise InputError(f"activation {name!r} needs a tensor `threshold`, and the file holds none")
-        return JumpReLU(threshold) if name == JumpReLU.name else BatchTopK(threshold, int(settings.get("k", 0)))
+        return JumpReLU(threshold) if name == JumpReLU.name else BatchTopK(threshold, settings.get("k", 0))
     raise InputError(f"activation {name!r} is not known; known: relu, topk, batchtopk, jumprelu")

@@ -47,6 +47,9 @@ class CrossLayerTranscoder(LinearEncoder):
             raise InputError(
                 f"cross-layer transcoder of layer {layer}: b_dec has shape {list(b_dec.shape)}, needs [{self.d_out}]"
             )
+        if W_dec.shape[1] < 1:
+            raise InputError(f"cross-layer transcoder of layer {layer}: W_dec has no slots, needs 1 or more")
+        activation.require_width(self.n_features, f"cross-layer transcoder of layer {layer}")
         self.write_layers = tuple(range(layer, layer + W_dec.shape[1]))
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)

@@ -96,6 +96,10 @@ class DictionarySet:
                 raise InputError(
                     f"{self.name}: the dictionary filed under layer {layer} reads layer {dictionary.layer}"
                 )
+        for layer in sorted({layer for dictionary in self for layer in dictionary.write_layers}):
+            sites = sorted({dictionary.write for dictionary in self.writers(layer)})
+            if len(sites) > 1:
+                raise InputError(f"{self.name}: layer {layer} is written at {' and '.join(sites)}, needs one site")
 
     def __len__(self) -> int:
         return len(self.by_layer)

@@ -62,7 +62,8 @@ class ReplacementModel:
 
         model: a shipped model's name, a Hugging Face directory, or a hub id (weights in safetensors).
         dictionaries: a folder, a hub id, the name of a set shipped with the model, or "neurons" (the model's own MLP
-            neurons, no training needed); None takes the model's first shipped set.
+            neurons, no training needed); None takes the shipped set `transcoders`, or the
+            first where none is called so.
         dtype: "float32", "float64", "bfloat16" or "float16".
         device: a torch device, "cpu" or "cuda".
         Raises InputError, one line, where anything is missing, damaged or does not fit.
@@ -95,6 +96,8 @@ class ReplacementModel:
         lacks, ids out of range, or more tokens than the model's context.
         """
         tokens = self._encode(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(tokens, Tensor):
+            raise InputError(f"prompt: needs a string or a 1-D tensor of token ids, got a {type(prompt).__name__}")
         if tokens.ndim != 1 or tokens.dtype not in (torch.int32, torch.int64):
             raise InputError(
                 f"prompt: needs a string or a 1-D tensor of token ids, got {list(tokens.shape)} {tokens.dtype}"
@@ -165,6 +168,11 @@ class ReplacementModel:
         """The engine that computes rows: "linear" (fast) or "autograd" (reference)."""
         if name not in ENGINES:
             raise InputError(f"engine {name!r}: needs one of {', '.join(ENGINES)}")
+        if name == "autograd" and self.dtype != self.compute_dtype:
+            raise InputError(
+                f"engine 'autograd': the reference needs a model in float32 or float64, {self.name} is in "
+                f"{str(self.dtype).removeprefix('torch.')}; load it with dtype='float32'"
+            )
         return LinearEngine(local) if name == "linear" else AutogradEngine(local, self.bridge)
 
     def _check(self, dictionary: Dictionary) -> None:

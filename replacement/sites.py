@@ -21,7 +21,7 @@ Sites are named as the bridge names them, without `blocks.{layer}.`:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -162,6 +162,8 @@ def forward(bridge: Any, tokens: Int[Tensor, " pos"], dtype: torch.dtype) -> For
         logits, cache = bridge.run_with_cache(
             tokens[None], names_filter=lambda name: name in wanted, return_cache_object=False
         )
+    if odd := next((name for name, value in cache.items() if value.ndim < 3), None):
+        raise InputError(f"{bridge.cfg.model_name}: the linear path does not know this architecture ({odd}: no batch)")
     kept = {name: value[0].detach().to(dtype) for name, value in cache.items()}
 
     def block(layer: int) -> BlockPass:
@@ -197,7 +199,7 @@ _BLOCK_HOOKS = (
 )
 
 
-def freeze_hooks(forward_pass: ForwardPass, *, norms: bool, layers: Sequence[int] | None = None) -> list[Hook]:
+def freeze_hooks(forward_pass: ForwardPass, *, norms: bool) -> list[Hook]:
     """Hooks that hold attention patterns (and norm scales, if asked) at their values on the prompt.
 
     Values are constants to autograd, so a backward pass through the hooked model sees a model that is linear in all but
@@ -208,8 +210,7 @@ def freeze_hooks(forward_pass: ForwardPass, *, norms: bool, layers: Sequence[int
         return lambda tensor, hook: value[None].to(tensor.dtype)
 
     hooks: list[Hook] = []
-    for layer in layers if layers is not None else range(len(forward_pass.blocks)):
-        block = forward_pass.blocks[layer]
+    for layer, block in enumerate(forward_pass.blocks):
         hooks.append((hook_name(layer, "attn.hook_pattern"), constant(block.pattern)))
         if norms:
             scales = zip(_BLOCK_HOOKS[1:5], block[1:5], strict=True)

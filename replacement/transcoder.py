@@ -51,6 +51,7 @@ class Transcoder(LinearEncoder):
                     f"transcoder of layer {layer}: {name} has shape {list(tensor.shape)}, needs {list(shape)} "
                     f"to fit W_enc {list(W_enc.shape)} and W_dec {list(W_dec.shape)}"
                 )
+        activation.require_width(self.n_features, f"transcoder of layer {layer}")
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         self.W_skip = None if W_skip is None else nn.Parameter(W_skip)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from circuits import attribute
+from replacement import ReplacementModel
+from replacement.activation import JumpReLU, TopK
 from replacement.contributions import LinearEngine
-from tests.tiny import FAMILIES, PROMPT
+from tests.tiny import FAMILIES, PROMPT, random_set
 
 KINDS = ("transcoder", "skip_transcoder", "cross_layer_transcoder", "neurons")
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
@@ -133,3 +137,18 @@ def test_linear_engine_is_the_default(tiny_model):
     model = tiny_model("llama", "transcoder", "relu", "float64")
     assert attribute(model, PROMPT).settings["engine"] == "linear"
     assert isinstance(model.engine(model.local(PROMPT), "linear"), LinearEngine)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize("low", [JumpReLU(torch.full((30,), -0.4)), TopK(25)], ids=["negative thresholds", "wide topk"])
+def test_features_with_negative_activations_obey_the_laws(tiny_model, kind, low):
+    """JumpReLU below zero and TopK without ReLU let negative values through, as the reference tool's do."""
+    dictionaries = random_set("llama", kind, "relu", tiny_model().bridge.cfg)
+    for dictionary in dictionaries:
+        dictionary.activation = copy.deepcopy(low)
+    model = ReplacementModel(tiny_model().bridge, dictionaries, name="llama")
+    linear, reference = (attribute(model, PROMPT, engine=engine) for engine in ("linear", "autograd"))
+    assert (linear.nodes.activation[linear.nodes.is_feature] < 0).sum() > 20
+    assert linear.residual <= 1e-10
+    assert (model.local(PROMPT).logits() - model.logits(PROMPT)).abs().max() <= 1e-9
+    np.testing.assert_allclose(linear.dense_adjacency(), reference.dense_adjacency(), atol=1e-10)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import GraniteConfig
 
 from circuits import Direction, Feature, Intervention, attribute, intervene
+from replacement import ReplacementModel
 from replacement.errors import InputError
-from tests.tiny import PROMPT
+from tests.tiny import _SIZES, FAMILIES, PROMPT, save_tiny_model
 
 
 @pytest.fixture
@@ -112,10 +114,54 @@ def test_max_features_keeps_rows_whole(model, max_features):
     )
 
 
+def test_a_feature_position_from_the_end_is_counted_before_the_prompt_is_cut(model):
+    table = attribute(model, PROMPT).nodes
+    index = int(np.flatnonzero(table.is_feature & (table.layer == 2) & (table.position == 5))[0])
+    first, last = (attribute(model, PROMPT, targets=f"L2#{table.feature[index]}@{p}") for p in (5, -3))
+    assert last.pre_activation[-1] == first.pre_activation[-1] == pytest.approx(table.activation[index])
+    assert (last.dense_adjacency() == first.dense_adjacency()).all()
+
+
+@pytest.mark.parametrize("one", [5, np.int64(5), torch.tensor(5), torch.tensor([5]), [torch.tensor(5)], np.array([5])])
+def test_a_token_id_is_any_whole_number(model, one):
+    graph = attribute(model, PROMPT, targets=one, max_features=0)
+    assert graph.nodes.feature[graph.targets].tolist() == [5]
+
+
+@pytest.mark.parametrize("trace_bos", [False, True])
+@pytest.mark.parametrize("prompt", ["<bos>", "w5", torch.tensor([5])])
+def test_the_shortest_prompts_are_traced(model, prompt, trace_bos):
+    linear, reference = (attribute(model, prompt, trace_bos=trace_bos, engine=e) for e in ("linear", "autograd"))
+    np.testing.assert_allclose(linear.dense_adjacency(), reference.dense_adjacency(), atol=1e-12)
+    assert linear.residual < 1e-10 and linear.n_edges
+
+
+def test_an_architecture_whose_rows_do_not_add_up_is_refused(tmp_path, monkeypatch):
+    """Granite scales what its blocks write, which the linear path does not know."""
+    config = GraniteConfig(**_SIZES, num_key_value_heads=2, residual_multiplier=0.3, embedding_multiplier=3.0)
+    monkeypatch.setitem(FAMILIES, "granite", lambda: config)
+    granite = ReplacementModel.load(save_tiny_model("granite", tmp_path), dictionaries="neurons")
+    with pytest.raises(InputError, match=r"attribute\(engine='linear'\): rows miss their targets by up to \d+%"):
+        attribute(granite, PROMPT)
+
+
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
         ([], r"attribute\(targets=\[\]\): is empty"),
+        (torch.tensor([], dtype=torch.long), r"attribute\(targets=\[\]\): is empty"),
+        (3.7, r"attribute\(targets=...\): got a float, needs a token"),
+        ([True], "got a bool, needs a token"),
+        ([None], "got a NoneType, needs a token"),
+        ([(2, 1, 5)], "got a tuple, needs a token"),
+        (torch.zeros(2, 2, dtype=torch.long), "got a Tensor, needs a token"),
+        (torch.zeros(2, 24), r"needs a finite vector of width 24, got shape \[2, 24\]"),
+        (Direction([0.0] * 24), "needs a finite vector of width 24, got a list"),
+        (
+            Direction(torch.ones(24), weight=-1.0),
+            "target 'direction': has weight -1.0, needs a finite number, 0 or more",
+        ),
+        (f"L{'1' * 5000}#1@1", "is not in the vocabulary"),
         ("w99", "'w99' is not in the vocabulary"),
         ("w7 w9", r"target 'w7 w9': is several tokens \(w7 | w9\)"),
         (" ", "target ' ': is empty"),
@@ -141,6 +187,10 @@ def test_bad_targets_are_refused_in_one_line(model, targets, message):
         ({"max_logits": 0}, r"attribute\(max_logits=0\): must be at least 1"),
         ({"logit_probability": 95}, r"must be in \(0, 1\]; for 95 percent pass 0.95"),
         ({"batch_size": 0}, r"attribute\(batch_size=0\): must be at least 1"),
+        ({"max_features": 2.5}, r"attribute\(max_features=2.5\): must be 0 or more"),
+        ({"batch_size": 1.5}, r"attribute\(batch_size=1.5\): must be at least 1, a whole number"),
+        ({"position": 2.0}, "position 2.0: the prompt has positions 0 to 7"),
+        ({"position": 2, "targets": "L1#1@2"}, "position 2: features bring their own"),
         ({"position": 8}, "position 8: the prompt has positions 0 to 7"),
         ({"engine": "warp"}, "engine 'warp': needs one of linear, autograd"),
     ],
@@ -184,6 +234,16 @@ def test_setting_a_feature_to_its_value_changes_nothing(model, freeze):
     torch.testing.assert_close(intervene(model, PROMPT, same, freeze=freeze), model.logits(PROMPT), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("freeze", ["nothing", "attention", "everything"])
+def test_a_feature_set_twice_gets_the_last_value(model, freeze):
+    table = model.local(PROMPT).features
+    feature = tuple(int(column[40]) for column in (table.layer, table.position, table.feature))
+    once, twice = (
+        intervene(model, PROMPT, [(*feature, v) for v in values], freeze=freeze) for values in ([0.0], [2.0, 0.0])
+    )
+    torch.testing.assert_close(twice, once, rtol=0, atol=0)
+
+
 def test_the_last_layers_features_act_the_same_whatever_is_frozen(model):
     """Above the last MLP only the final norm is left, so attention frozen or not is all one."""
     table = model.local(PROMPT).features
@@ -199,6 +259,9 @@ def test_the_last_layers_features_act_the_same_whatever_is_frozen(model):
         ((9, 1, 1, 0.0), "layers are 0 to 2"),
         ((1, 99, 1, 0.0), "positions of this prompt are 0 to 7"),
         ((1, 1, 99, 0.0), "features of layer 1 are 0 to 29"),
+        ((1, 1, 1, float("nan")), "needs a finite value"),
+        ((1, 1), r"intervene\(\(1, 1\)\): needs \(layer, position, feature, value\)"),
+        ((1, 1.5, 1, 0.0), "the first three whole numbers"),
     ],
 )
 def test_bad_interventions_are_refused_in_one_line(model, one, message):

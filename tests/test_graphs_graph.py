@@ -137,6 +137,8 @@ def test_a_node_table_of_unequal_columns_is_refused():
     nodes = random_graph().nodes
     with pytest.raises(InputError, match=r"NodeTable\(label=...\): got shape \(1,\), needs one value per node"):
         replace(nodes, label=("x",))
+    with pytest.raises(InputError, match=r"NodeTable\(probability=...\): got -1.0, needs weights of 0 or more"):
+        replace(nodes, probability=np.full(len(nodes), -1.0))
     with pytest.raises(InputError, match="needs the values of NodeKind"):
         replace(nodes, kind=np.full(len(nodes), 4))
 

@@ -223,6 +223,34 @@ def test_files_without_probabilities_weigh_their_targets_equally(tmp_path):
     assert "equal" in graph.settings["probabilities"]
 
 
+@pytest.mark.parametrize("record", [5, {}, {"node_threshold": 0.8}, {"node_threshold": "x", "edge_threshold": [1]}])
+def test_a_pruning_record_that_is_none_is_left_out(record, tmp_path):
+    """It comes from a file: of this format, or of the native one, whose settings are free."""
+    graph = replace(random_graph(5), settings={"pruning": record})
+    assert "pruning_settings" not in to_neuronpedia(graph)["metadata"]
+    found = read(_old(generation_settings={"pruning": record}, pruning_settings=record), tmp_path)
+    assert "pruning" not in found.settings and "pruning_settings" not in to_neuronpedia(found)["metadata"]
+
+
+def test_settings_that_are_not_json_are_refused_before_anything_is_written(tmp_path):
+    graph = read(_old(generation_settings={"far": float("1e300")}), tmp_path)
+    with pytest.raises(InputError, match=r"write_neuronpedia\(graph=...\): its settings are not JSON"):
+        write_neuronpedia(replace(graph, settings={"far": float("inf")}), tmp_path / "x.json")
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_number_of_layers_beyond_sense_is_not_believed(tmp_path):
+    graph = read(_old(generation_settings={"n_layers": 10**9}), tmp_path)
+    write_neuronpedia(graph, tmp_path / "again.json")
+    assert read_neuronpedia(tmp_path / "again.json").n_layers == graph.n_layers == 4
+
+
+def test_a_probability_of_two_dots_is_no_probability(tmp_path):
+    document = _old()
+    document["nodes"][4]["clerp"] = '" x" (p=0..5)'
+    assert read(document, tmp_path).nodes.probability.tolist()[-2:] == [0.0, 0.05]
+
+
 def test_feature_numbers_come_from_cantor_where_the_id_has_none(tmp_path):
     document = _old(schema_version=1)
     document["nodes"][3] |= {"node_id": "node-three", "feature": cantor(3, 1234)}
@@ -250,6 +278,11 @@ def _broken():
         "token numbers": (change(["metadata", "prompt_tokens"], [1]), "prompt_tokens must be text"),
         "a number as node": (change(["nodes", 1], 3), "node 1 is not a JSON object"),
         "no type": (change(["nodes", 0, "feature_type"], None), "node 'E_7_1' has no 'feature_type' of type str"),
+        "negative probability": (
+            change(["nodes", 4, "token_prob"], -0.5),
+            "has probability -0.5, needs a finite number",
+        ),
+        "endless probability": (change(["nodes", 4, "clerp"], '" x" (p=1e999)'), "has probability inf, needs a finite"),
         "far position": (
             change(["nodes", 0, "ctx_idx"], 10**12),
             "is at position 1000000000000, the prompt has 2 tokens",

@@ -77,6 +77,8 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path):
         random_graph().save(tmp_path / "missing" / "x.graph")
     with pytest.raises(InputError, match=r"is a folder, needs a file; add a file name"):
         random_graph().save(tmp_path)
+    with pytest.raises(InputError, match=r"can't write there \(File name too long\); choose another path"):
+        random_graph().save(tmp_path / ("x" * 300))
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"save\(path=.*the folder"):
         random_graph().save(tmp_path / "file" / "x.graph")

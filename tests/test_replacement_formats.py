@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from replacement import formats
+from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
 from tests.tiny import random_set
 
@@ -51,8 +53,6 @@ def test_native_round_trip_keeps_the_outputs(kind, activation, tmp_path):
 
 
 def test_saving_twice_gives_the_same_bytes_and_labels_come_back(tmp_path):
-    from dataclasses import replace
-
     dictionaries = replace(
         random_set("llama", "transcoder", "jumprelu", CFG), labels={1: {3: "Texas", 20: "say Austin"}}
     )
@@ -126,8 +126,11 @@ def _poison(tensors):
 DAMAGE = {
     "a file cut short": (_truncate, r"layer_1\.safetensors: not a readable safetensors file"),
     "a missing file": (lambda f: (f / "layer_1.safetensors").unlink(), r"layer_1\.safetensors: no such file"),
-    "NaN": (lambda f: _edit_tensors(f, _poison), r"tensor W_dec has values that are not finite"),
-    "a missing tensor": (lambda f: _edit_tensors(f, lambda t: t.pop("b_dec")), r"lacks the tensor b_dec; it has W_dec"),
+    "NaN": (lambda f: _edit_tensors(f, _poison), r"tensor 'W_dec' has values that are not finite"),
+    "a missing tensor": (
+        lambda f: _edit_tensors(f, lambda t: t.pop("b_dec")),
+        r"lacks the tensor b_dec; it has 'W_dec'",
+    ),
     "another shape": (
         lambda f: _edit_tensors(f, lambda t: t.update(b_enc=torch.zeros(7))),
         r"transcoder of layer 1: b_enc has shape \[7\], needs \[30\]",
@@ -138,7 +141,7 @@ DAMAGE = {
     ),
     "integers": (
         lambda f: _edit_tensors(f, lambda t: t.update(b_dec=torch.zeros(24, dtype=torch.int64))),
-        r"tensor b_dec is torch\.int64, needs floating point",
+        r"tensor 'b_dec' is torch\.int64, needs floating point",
     ),
     "a path out of the folder": (
         lambda f: _edit_config(f, lambda c: c["dictionaries"][1].update(file="../layer_1.safetensors")),
@@ -165,6 +168,41 @@ DAMAGE = {
         lambda f: (f / "labels.json").write_text('{"0": ["x"]}'),
         r"labels\.json: needs layer -> feature -> words",
     ),
+    "a threshold of another width": (
+        lambda f: (
+            _edit_tensors(f, lambda t: t.update(threshold=torch.zeros(30, 1))),
+            _edit_config(f, lambda c: c["dictionaries"][1].update(activation={"name": "jumprelu"})),
+        ),
+        r"transcoder of layer 1: threshold has shape \[30, 1\], needs \[30\]",
+    ),
+    "a k that is no number": (
+        lambda f: _edit_config(f, lambda c: c["dictionaries"][0].update(activation={"name": "topk", "k": "x"})),
+        r"TopK\(k='x'\): needs a whole number of features a token, at least 1",
+    ),
+    "a tensor that would be left out": (
+        lambda f: _edit_tensors(f, lambda t: t.update(b_gate=torch.zeros(30))),
+        r"holds the tensor 'b_gate', which is not known here",
+    ),
+    "one layer twice": (
+        lambda f: _edit_config(f, lambda c: c["dictionaries"][1].update(layer=0)),
+        r"lists two dictionaries for layer 0",
+    ),
+    "true as a layer": (
+        lambda f: _edit_config(f, lambda c: c["dictionaries"][1].update(layer=True)),
+        r"an entry of `dictionaries` lacks one of",
+    ),
+    "metadata that are a list": (
+        lambda f: _edit_config(f, lambda c: c.update(metadata=[1])),
+        r"an object as `metadata`",
+    ),
+    "a file name of two lines": (
+        lambda f: _edit_config(f, lambda c: c["dictionaries"][1].update(file="a\nb")),
+        r"must lie in the folder itself",
+    ),
+    "a number of 5,000 digits": (
+        lambda f: (f / "config.json").write_text('{"format": "circuits-dictionaries", "version": ' + "1" * 5000 + "}"),
+        r"config\.json: not readable JSON",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), r"no known format; a folder needs config\.json"),
 }
 
@@ -188,12 +226,94 @@ def test_damaged_folders_are_refused_in_one_line(damage, tmp_path):
         ("{model_kind: transcoder_set, feature_input_hook: x}", "lacks feature_output_hook"),
         ("{model_kind: x, feature_input_hook: a, feature_output_hook: b}", "model_kind is 'x', needs one of"),
         ("{model_kind: transcoder_set, feature_input_hook: a, feature_output_hook: b}", r"lacks layer_0\.safetensors"),
+        ("{model_kind: [x], feature_input_hook: a, feature_output_hook: b}", r"model_kind is \['x'\], needs one of"),
+        ("[" * 10_000, "not readable YAML"),
+        ("made: 2001-99-99", "not readable YAML"),
     ],
 )
 def test_bad_yaml_is_refused_in_one_line(config, message, tmp_path):
     (tmp_path / "config.yaml").write_text(config)
+    with pytest.raises(InputError, match=message) as raised:
+        formats.load(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("transcoder", {"topk": 0}, r"TopK\(k=0\): needs a whole number"),
+        ("transcoder", {"k": [3]}, r"TopK\(k=\[3\]\): needs a whole number"),
+        (
+            "transcoder",
+            {"activation": "topk"},
+            "says activation 'topk', but with its k and the file's tensors it is relu",
+        ),
+        ("transcoder", {"activation": "gelu"}, "says activation 'gelu'"),
+        ("cross_layer_transcoder", {"activation": "jump_relu"}, "says activation 'jump_relu', but .* it is relu"),
+    ],
+)
+def test_an_activation_that_is_not_the_configs_is_refused(kind, changes, message, tmp_path):
+    """Otherwise such sets would be read as ReLU, in silence."""
+    write_circuit_tracer(random_set("llama", kind, "relu", CFG), tmp_path)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text()) | changes
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(InputError, match=message):
         formats.load(tmp_path)
+
+
+def test_a_cross_layer_skip_is_refused_not_left_out(tmp_path):
+    write_circuit_tracer(random_set("llama", "cross_layer_transcoder", "relu", CFG), tmp_path)
+    tensors = load_file(tmp_path / "W_enc_1.safetensors")
+    save_file(tensors | {"W_skip_1": torch.eye(24)}, tmp_path / "W_enc_1.safetensors")
+    with pytest.raises(InputError, match=r"W_enc_1\.safetensors: holds the tensor 'W_skip_1'"):
+        formats.load(tmp_path)
+
+
+def test_thresholds_with_a_leading_axis_are_read(tmp_path):
+    dictionaries = random_set("llama", "cross_layer_transcoder", "jumprelu", CFG)
+    write_circuit_tracer(dictionaries, tmp_path)
+    tensors = load_file(tmp_path / "W_enc_1.safetensors")
+    save_file(tensors | {"threshold_1": tensors["threshold_1"][None]}, tmp_path / "W_enc_1.safetensors")
+    assert_same_outputs(dictionaries, formats.load(tmp_path))
+
+
+def test_one_layer_is_written_at_one_site():
+    """A cross-layer transcoder that writes one layer before and after the post-norm would be added up wrongly."""
+    made = random_set("gemma2", "cross_layer_transcoder", "relu", CFG)
+    made.by_layer[1].write = "hook_mlp_out"
+    with pytest.raises(InputError, match=r"layer 1 is written at hook_mlp_out and mlp\.hook_out, needs one site"):
+        DictionarySet(made.by_layer, "mixed")
+
+
+def test_eight_bit_floats_are_read(tmp_path):
+    formats.save(random_set("llama", "transcoder", "relu", CFG), tmp_path)
+    _edit_tensors(tmp_path, lambda t: t.update({k: v.to(torch.float8_e4m3fn) for k, v in t.items()}))
+    assert formats.load(tmp_path).by_layer[1].W_enc.dtype == torch.float32
+
+
+def test_saving_over_a_set_leaves_none_of_its_labels(tmp_path):
+    made = random_set("llama", "transcoder", "relu", CFG)
+    formats.save(replace(made, labels={1: {3: "Texas"}}), tmp_path)
+    formats.save(made, tmp_path)
+    assert formats.load(tmp_path).label(1, 3) == ""
+
+
+def test_a_dtype_that_cannot_hold_the_weights_is_refused(tmp_path):
+    made = random_set("llama", "transcoder", "relu", CFG)
+    with pytest.raises(InputError, match=r"save\(dtype='int8'\): needs one of float32, float16"):
+        formats.save(made, tmp_path / "x", dtype="int8")
+    made.by_layer[0].W_dec.data[0, 0] = 1e6
+    with pytest.raises(InputError, match=r"save: W_dec of layer 0 has values that are not finite in torch.float16"):
+        formats.save(made, tmp_path / "x", dtype="float16")
+
+
+def test_thresholds_are_stored_as_precise_as_they_are(tmp_path):
+    made = random_set("llama", "transcoder", "jumprelu", CFG)
+    made.by_layer[0].double()
+    made.by_layer[0].activation.threshold += 1e-12
+    formats.save(made, tmp_path, dtype="float64")
+    stored = formats.load(tmp_path).by_layer[0].activation.threshold
+    torch.testing.assert_close(stored, made.by_layer[0].activation.threshold, rtol=0, atol=0)
 
 
 def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import OPTConfig
 
 from replacement import ReplacementModel, formats
 from replacement.errors import InputError
-from tests.tiny import CONTEXT, PROMPT, random_set
+from tests.tiny import CONTEXT, FAMILIES, PROMPT, random_set, save_tiny_model
 
 CFG = SimpleNamespace(n_layers=3, d_model=24)
 
@@ -56,6 +57,8 @@ def test_text_gets_bos_unless_it_brings_one(tiny_model):
         (torch.tensor([1, 60]), "token ids must be in 0 to 59, got 1 to 60"),
         (torch.tensor([-1, 6]), "token ids must be in 0 to 59, got -1 to 6"),
         (torch.zeros(2, 3, dtype=torch.long), r"needs a string or a 1-D tensor of token ids, got \[2, 3\]"),
+        ([1, 3], "prompt: needs a string or a 1-D tensor of token ids, got a list"),
+        (None, "prompt: needs a string or a 1-D tensor of token ids, got a NoneType"),
         (torch.zeros(3), r"needs a string or a 1-D tensor of token ids, got \[3\] torch.float32"),
     ],
 )
@@ -163,6 +166,25 @@ def _site(made):
 def test_dictionaries_that_do_not_fit_say_what_was_expected(tiny_model, make, message):
     with pytest.raises(InputError, match=message):
         ReplacementModel(tiny_model().bridge, make(), name="m")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_reference_engine_refuses_half_precision(tiny_model, dtype):
+    """Its gradients would be rounded, and hooks in another dtype stop the model in the middle."""
+    model = tiny_model("llama", "transcoder", "relu", dtype)
+    assert model.engine(model.local(PROMPT), "linear")
+    with pytest.raises(InputError, match=f"engine 'autograd': the reference needs .*llama is in {dtype}; load it"):
+        model.engine(model.local(PROMPT), "autograd")
+
+
+def test_an_architecture_without_a_batch_axis_is_refused(tmp_path, monkeypatch):
+    """OPT's MLP sees all positions flattened, so its second norm's scale has no batch."""
+    config = OPTConfig(vocab_size=60, hidden_size=24, num_hidden_layers=3, ffn_dim=40, max_position_embeddings=32,
+                       num_attention_heads=4, word_embed_proj_dim=24, pad_token_id=0)  # fmt: skip
+    monkeypatch.setitem(FAMILIES, "opt", lambda: config)
+    model = ReplacementModel.load(save_tiny_model("opt", tmp_path), dictionaries="neurons")
+    with pytest.raises(InputError, match="the linear path does not know this architecture"):
+        model.local(PROMPT)
 
 
 def test_resid_mid_needs_sequential_blocks(tiny_model):

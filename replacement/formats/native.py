@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
@@ -20,12 +21,14 @@ from replacement.activation import JumpReLU, build_activation
 from replacement.cross_layer import CrossLayerTranscoder
 from replacement.dictionary import Dictionary, DictionarySet
 from replacement.errors import InputError
-from replacement.formats.tensors import read_tensors, take
+from replacement.formats.tensors import read_tensors, require_known, take
 from replacement.transcoder import Transcoder
 
 FORMAT = "circuits-dictionaries"
 VERSION = 1
 EXPECTS = "config.json that says circuits-dictionaries"
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
 _DECODER_AXES = {Transcoder.kind: 2, CrossLayerTranscoder.kind: 3}
 
 
@@ -46,10 +49,11 @@ def save(
 
     dtype: "float32", "float16", "bfloat16" or "float64" of the stored tensors.
     metadata: JSON values, kept in the config.
+    Raises InputError for another dtype, a kind that has no weights of its own, or weights too large for the dtype.
     """
-    import torch
-
-    folder, stored = Path(folder), getattr(torch, dtype)
+    if dtype not in DTYPES:
+        raise InputError(f"save(dtype={dtype!r}): needs one of {', '.join(DTYPES)}")
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for dictionary in dictionaries:
@@ -58,10 +62,7 @@ def save(
                 f"save: dictionaries of kind {dictionary.kind!r} are not stored; known: {', '.join(_DECODER_AXES)}"
             )
         name = f"layer_{dictionary.layer}.safetensors"
-        tensors = {key: value.detach().to(stored).contiguous() for key, value in _tensors(dictionary).items()}
-        if isinstance(dictionary.activation, JumpReLU):  # thresholds decide what fires: never rounded
-            tensors["threshold"] = dictionary.activation.threshold.detach().float().contiguous()
-        write_whole(folder / name, safetensors_bytes(tensors))
+        write_whole(folder / name, safetensors_bytes(_stored(dictionary, getattr(torch, dtype))))
         entries.append(
             {
                 "file": name,
@@ -79,6 +80,8 @@ def save(
     }
     if labels:
         write_whole(folder / "labels.json", _json(labels))
+    else:  # those of a set that was here before say nothing of this one
+        (folder / "labels.json").unlink(missing_ok=True)
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -101,33 +104,50 @@ def load(folder: Path) -> DictionarySet:
     by_layer = {}
     for entry in entries:
         dictionary = _load_one(folder, path, entry)
+        if dictionary.layer in by_layer:
+            raise InputError(f"{path}: lists two dictionaries for layer {dictionary.layer}, needs one a layer")
         by_layer[dictionary.layer] = dictionary
-    labels = _load_labels(folder / "labels.json")
-    return DictionarySet(by_layer, str(config.get("name", folder.name)), labels, config.get("metadata", {}))
+    metadata, name = config.get("metadata", {}), config.get("name", folder.name)
+    if not isinstance(metadata, dict) or not isinstance(name, str):
+        raise InputError(f"{path}: needs text as `name` and an object as `metadata`")
+    return DictionarySet(by_layer, name, _load_labels(folder / "labels.json"), metadata)
 
 
 def _load_one(folder: Path, config_path: Path, entry: Any) -> Dictionary:
     fields = {"file": str, "kind": str, "layer": int, "read": str, "write": str, "activation": dict}
-    if not isinstance(entry, dict) or any(not isinstance(entry.get(key), kind) for key, kind in fields.items()):
+    typed = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in fields.items())
+    if not typed or isinstance(entry["layer"], bool):
         raise InputError(f"{config_path}: an entry of `dictionaries` lacks one of {', '.join(fields)}")
     if entry["kind"] not in _DECODER_AXES:
         raise InputError(f"{config_path}: kind {entry['kind']!r} is not known; known: {', '.join(_DECODER_AXES)}")
-    if Path(entry["file"]).name != entry["file"]:
+    if Path(entry["file"]).name != entry["file"] or not entry["file"].isprintable():
         raise InputError(f"{config_path}: file {entry['file']!r} must lie in the folder itself")
     path = folder / entry["file"]
     tensors = read_tensors(path)
+    is_cross_layer = entry["kind"] == CrossLayerTranscoder.kind
+    require_known(tensors, [*TENSORS[: -1 if is_cross_layer else None], "threshold"], path)
     arguments: dict[str, Any] = {key: entry[key] for key in ("layer", "read", "write")}
     arguments |= {name: take(tensors, name, ndim, path) for name, ndim in (("W_enc", 2), ("b_enc", 1), ("b_dec", 1))}
     arguments["W_dec"] = take(tensors, "W_dec", _DECODER_AXES[entry["kind"]], path)
     arguments["activation"] = build_activation(entry["activation"], tensors.get("threshold"))
-    if entry["kind"] == CrossLayerTranscoder.kind:
+    if is_cross_layer:
         return CrossLayerTranscoder(**arguments)
     return Transcoder(W_skip=tensors.get("W_skip"), **arguments)
 
 
-def _tensors(dictionary: Dictionary) -> dict[str, Tensor]:
-    names = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
-    return {name: getattr(dictionary, name) for name in names if getattr(dictionary, name) is not None}
+def _stored(dictionary: Dictionary, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The dictionary's tensors in `dtype`; thresholds decide what fires, and are never rounded."""
+    kept = {name: getattr(dictionary, name) for name in TENSORS if getattr(dictionary, name) is not None}
+    tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in kept.items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"save: {name} of layer {dictionary.layer} has values that are not finite in {dtype}; pass float32"
+            )
+    if isinstance(dictionary.activation, JumpReLU):
+        threshold = dictionary.activation.threshold.detach()
+        tensors["threshold"] = threshold.to(torch.promote_types(threshold.dtype, torch.float32)).contiguous()
+    return tensors
 
 
 def _load_labels(path: Path) -> dict[int, dict[int, str]]:
@@ -145,7 +165,7 @@ def _load_labels(path: Path) -> dict[int, dict[int, str]]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, no JSON, or a number too long
         raise InputError(f"{path}: not readable JSON ({error})") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: needs a JSON object")
