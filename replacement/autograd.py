@@ -81,8 +81,8 @@ class AutogradEngine:
         ):
             with torch.enable_grad():
                 value = x[position] @ direction + bias
-            gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
-            gradients = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)]
+            found = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+            gradients = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
             self._fill(row, value.detach(), gradients[0], gradients[1:], result)
         return result
 
@@ -95,6 +95,6 @@ class AutogradEngine:
             result.errors[row, layer] = (gradient * local.errors[layer]).sum(-1)
             result.bos[row] += gradient[0] @ local.bos[layer]
             writes = local.writes[layer]
-            result.features[row].index_add_(0, writes.index, (gradient[writes.position] * writes.vectors).sum(-1))
+            result.features[row].index_add_(0, writes.source, (gradient[writes.position] * writes.vectors).sum(-1))
         sources = (result.features[row], result.errors[row], result.embeddings[row], result.bos[row])
         result.bias[row] = value - sum(part.sum() for part in sources)

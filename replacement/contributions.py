@@ -15,6 +15,7 @@ from torch import Tensor
 
 from replacement.linear import Gradients
 from replacement.local import LocalModel, Targets
+from replacement.sites import Norm
 
 
 class Contributions(NamedTuple):
@@ -87,7 +88,7 @@ class LinearEngine:
             if count:
                 products.append(at_write[:, position] @ writes.vectors[start : start + count].T)
                 start += count
-        result.features.index_add_(1, writes.index[:total], torch.cat(products, 1))
+        result.features.index_add_(1, writes.source[:total], torch.cat(products, 1))
 
     def _add_embeddings(self, gradient: Float[Tensor, "batch prefix d_model"], result: Contributions) -> None:
         forward, prefix = self.local.forward, gradient.shape[1]
@@ -100,6 +101,7 @@ def read_gradient(local: LocalModel, targets: Targets) -> tuple[Float[Tensor, "n
     """The targets' gradients at the residual stream where they read, and the part of their value that no source
     moves."""
     path, own_bias = local.path, targets.biases
+    norm: Norm | None = None
     if targets.layer == local.n_layers:
         norm = path.weights.ln_final
         gradient = path.transpose_final(targets.rows, targets.positions)

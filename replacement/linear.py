@@ -58,6 +58,16 @@ class LinearPath:
         self.n_layers = len(weights.blocks)
         self.n_positions = forward.tokens.shape[0]
 
+    def attention_norm(self, layer: int) -> tuple[Norm, Float[Tensor, "pos 1"]] | None:
+        """The norm between attention's output and the stream, with its scale; None where the family has none."""
+        norm, scale = self.weights.blocks[layer].ln1_post, self.forward.blocks[layer].ln1_post_scale
+        return None if norm is None or scale is None else (norm, scale)
+
+    def write_norm(self, layer: int, site: str) -> tuple[Norm, Float[Tensor, "pos 1"]] | None:
+        """The norm between a write site and the stream, with its scale; None where there is none."""
+        norm, scale = self.weights.blocks[layer].ln2_post, self.forward.blocks[layer].ln2_post_scale
+        return None if site == "hook_mlp_out" or norm is None or scale is None else (norm, scale)
+
     # ---- forwards
 
     def attention(self, layer: int, residual: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
@@ -72,7 +82,8 @@ class LinearPath:
         out = torch.einsum("hpe,hed->pd", mixed, weights.W_O)
         if bias and weights.b_O is not None:
             out = out + weights.b_O
-        return out if weights.ln1_post is None else apply_norm(weights.ln1_post, block.ln1_post_scale, out, bias=bias)
+        post_norm = self.attention_norm(layer)
+        return out if post_norm is None else apply_norm(*post_norm, out, bias=bias)
 
     def read(self, layer: int, site: str, mid: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
         """The activations at a read site, from the residual stream where the MLP of `layer` reads."""
@@ -85,10 +96,8 @@ class LinearPath:
 
     def write(self, layer: int, site: str, value: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
         """What a value at a write site adds to the residual stream."""
-        norm = self.weights.blocks[layer].ln2_post
-        if site == "hook_mlp_out" or norm is None:
-            return value
-        return apply_norm(norm, self.forward.blocks[layer].ln2_post_scale, value, bias=bias)
+        post_norm = self.write_norm(layer, site)
+        return value if post_norm is None else apply_norm(*post_norm, value, bias=bias)
 
     def middle(self, layer: int, residual: Float[Tensor, "pos d_model"], attention: Tensor) -> Tensor:
         """The residual stream where the MLP of `layer` reads."""
@@ -118,10 +127,10 @@ class LinearPath:
 
     def transpose_write(self, layer: int, site: str, gradient: Float[Tensor, "batch pos d_model"]) -> Tensor:
         """From gradients at `post` to gradients at a write site."""
-        norm = self.weights.blocks[layer].ln2_post
-        if site == "hook_mlp_out" or norm is None:
+        if (post_norm := self.write_norm(layer, site)) is None:
             return gradient
-        return transpose_norm(norm, self.forward.blocks[layer].ln2_post_scale[: gradient.shape[1]], gradient)
+        norm, scale = post_norm
+        return transpose_norm(norm, scale[: gradient.shape[1]], gradient)
 
     def transpose_final(self, directions: Float[Tensor, "n d_model"], positions: Int[Tensor, " n"]) -> Tensor:
         """From directions at the last norm's output to gradients at the last block's `post`."""
@@ -151,8 +160,8 @@ class LinearPath:
         if layer < self.n_layers and not self.weights.parallel:
             weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
             out = gradient
-            if weights.ln1_post is not None:
-                out = transpose_norm(weights.ln1_post, block.ln1_post_scale[positions], out)
+            if (post_norm := self.attention_norm(layer)) is not None:
+                out = transpose_norm(post_norm[0], post_norm[1][positions], out)
             heads = torch.einsum("bd,hed->bhe", out, weights.W_O)
             groups = weights.W_O.shape[0] // weights.W_V.shape[0]
             pattern = block.pattern[:, positions, :prefix].unflatten(0, (-1, groups))  # [kv, group, batch, key]
@@ -174,8 +183,8 @@ class LinearPath:
         """From what attention adds to `pre`."""
         weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
         batch, prefix, _ = out.shape
-        if weights.ln1_post is not None:
-            out = transpose_norm(weights.ln1_post, block.ln1_post_scale[:prefix], out)
+        if (post_norm := self.attention_norm(layer)) is not None:
+            out = transpose_norm(post_norm[0], post_norm[1][:prefix], out)
         kv_heads, _, d_head = weights.W_V.shape
         n_heads = weights.W_O.shape[0]
         heads = (out.reshape(batch * prefix, -1) @ weights.W_O.flatten(0, 1).T).view(batch, prefix, n_heads, d_head)

@@ -48,7 +48,7 @@ class Targets(NamedTuple):
 class Writes(NamedTuple):
     """What active features write at one layer's write site, sorted by position."""
 
-    index: Int[Tensor, " n"]  # which feature of Features
+    source: Int[Tensor, " n"]  # which feature of Features
     position: Int[Tensor, " n"]
     vectors: Float[Tensor, "n d_model"]  # activation times decoder row
 

@@ -76,7 +76,6 @@ class BlockPass(NamedTuple):
     ln2_scale: Float[Tensor, "pos 1"]
     ln1_post_scale: Float[Tensor, "pos 1"] | None
     ln2_post_scale: Float[Tensor, "pos 1"] | None
-    attn_out: Float[Tensor, "pos d_model"]  # what attention adds to the residual stream
     reads: dict[str, Float[Tensor, "pos d_model"]]  # read site -> activations
     writes: dict[str, Float[Tensor, "pos d_model"]]  # write site -> activations
 
@@ -101,9 +100,7 @@ def hook_name(layer: int, site: str) -> str:
 def read_weights(bridge: Any, dtype: torch.dtype) -> ModelWeights:
     """The linear path's weights of a TransformerBridge, as tensors of `dtype` that share memory where they can."""
 
-    def norm(component: Any) -> Norm | None:
-        if component is None:
-            return None
+    def norm(component: Any) -> Norm:
         offset = 1.0 if component.uses_weight_offset else 0.0
         original = component.original_component
         bias = None if component.uses_rms_norm else getattr(original, "bias", None)
@@ -113,20 +110,23 @@ def read_weights(bridge: Any, dtype: torch.dtype) -> ModelWeights:
             center=not component.uses_rms_norm,
         )
 
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(dtype)
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(dtype).contiguous()
+
+    def optional(build: Callable[[Any], Any], value: Any) -> Any:
+        return None if value is None else build(value)
 
     try:
         blocks = tuple(
             BlockWeights(
                 norm(block.ln1),
                 norm(block.ln2),
-                norm(getattr(block, "ln1_post", None)),
-                norm(getattr(block, "ln2_post", None)),
-                cast(block.attn.W_V).contiguous(),
-                cast(block.attn.b_V),
-                cast(block.attn.W_O).contiguous(),
-                cast(block.attn.b_O),
+                optional(norm, getattr(block, "ln1_post", None)),
+                optional(norm, getattr(block, "ln2_post", None)),
+                cast(block.attn.W_V),
+                optional(cast, block.attn.b_V),
+                cast(block.attn.W_O),
+                optional(cast, block.attn.b_O),
             )
             for block in bridge.blocks
         )
@@ -156,7 +156,7 @@ def use_exact_norms(bridge: Any) -> None:
 def forward(bridge: Any, tokens: Int[Tensor, " pos"], dtype: torch.dtype) -> ForwardPass:
     """One forward pass at batch 1, with everything a trace needs kept, as tensors of `dtype`."""
     wanted = {_EMBEDDED, "hook_pos_embed", "ln_final.hook_scale", "ln_final.hook_out"}
-    suffixes = (*_BLOCK_HOOKS, *READ_SITES, *WRITE_SITES)
+    suffixes = (*_BLOCK_HOOKS.values(), *READ_SITES, *WRITE_SITES)
     wanted |= {hook_name(layer, suffix) for layer in range(len(bridge.blocks)) for suffix in suffixes}
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(
@@ -167,11 +167,12 @@ def forward(bridge: Any, tokens: Int[Tensor, " pos"], dtype: torch.dtype) -> For
     kept = {name: value[0].detach().to(dtype) for name, value in cache.items()}
 
     def block(layer: int) -> BlockPass:
-        values = {suffix: kept.get(hook_name(layer, suffix)) for suffix in suffixes}
+        values = {suffix: kept[hook_name(layer, suffix)] for suffix in suffixes if hook_name(layer, suffix) in kept}
+        fields: dict[str, Any] = {field: values.get(suffix) for field, suffix in _BLOCK_HOOKS.items()}
         return BlockPass(
-            *(values[suffix] for suffix in _BLOCK_HOOKS),
-            {site: values[site] for site in READ_SITES if values[site] is not None},
-            {site: values[site] for site in WRITE_SITES if values[site] is not None},
+            **fields,
+            reads={site: values[site] for site in READ_SITES if site in values},
+            writes={site: values[site] for site in WRITE_SITES if site in values},
         )
 
     position_embedding = kept.get("hook_pos_embed")
@@ -188,15 +189,14 @@ def forward(bridge: Any, tokens: Int[Tensor, " pos"], dtype: torch.dtype) -> For
 
 
 _EMBEDDED = "blocks.0.hook_resid_pre"
-# in the order of BlockPass's first fields
-_BLOCK_HOOKS = (
-    "attn.hook_pattern",
-    "ln1.hook_scale",
-    "ln2.hook_scale",
-    "ln1_post.hook_scale",
-    "ln2_post.hook_scale",
-    "hook_attn_out",
-)
+_BLOCK_HOOKS = {
+    "pattern": "attn.hook_pattern",
+    "ln1_scale": "ln1.hook_scale",
+    "ln2_scale": "ln2.hook_scale",
+    "ln1_post_scale": "ln1_post.hook_scale",
+    "ln2_post_scale": "ln2_post.hook_scale",
+}
+"""Field of BlockPass -> hook."""
 
 
 def freeze_hooks(forward_pass: ForwardPass, *, norms: bool) -> list[Hook]:
@@ -213,8 +213,8 @@ def freeze_hooks(forward_pass: ForwardPass, *, norms: bool) -> list[Hook]:
     for layer, block in enumerate(forward_pass.blocks):
         hooks.append((hook_name(layer, "attn.hook_pattern"), constant(block.pattern)))
         if norms:
-            scales = zip(_BLOCK_HOOKS[1:5], block[1:5], strict=True)
-            hooks += [(hook_name(layer, name), constant(value)) for name, value in scales if value is not None]
+            scales = {name: getattr(block, field) for field, name in _BLOCK_HOOKS.items() if field.endswith("scale")}
+            hooks += [(hook_name(layer, name), constant(value)) for name, value in scales.items() if value is not None]
     if norms:
         hooks.append(("ln_final.hook_scale", constant(forward_pass.ln_final_scale)))
     return hooks

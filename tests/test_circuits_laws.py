@@ -113,7 +113,7 @@ def _reads_of_a_write(model, local, source):
         reads = path.read(layer, dictionary.read, path.middle(layer, change, attention), bias=False)
         value = dictionary.skip(reads)
         if layer == at:
-            value[position] += writes.vectors[(writes.index == source).nonzero()[0, 0]]
+            value[position] += writes.vectors[(writes.source == source).nonzero()[0, 0]]
         else:
             yield layer, reads
         change = change + attention + path.write(layer, dictionary.write, value, bias=False)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from replacement.activation import JumpReLU, build_activation
 from replacement.cross_layer import CrossLayerTranscoder
-from replacement.dictionary import Dictionary, DictionarySet
+from replacement.dictionary import Dictionary, DictionarySet, LinearEncoder
 from replacement.errors import InputError
 from replacement.formats.tensors import read_tensors, require_known, take
 from replacement.transcoder import Transcoder
@@ -57,7 +57,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for dictionary in dictionaries:
-        if dictionary.kind not in _DECODER_AXES:
+        if not isinstance(dictionary, LinearEncoder) or dictionary.kind not in _DECODER_AXES:
             raise InputError(
                 f"save: dictionaries of kind {dictionary.kind!r} are not stored; known: {', '.join(_DECODER_AXES)}"
             )
