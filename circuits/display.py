@@ -216,7 +216,7 @@ def _grid(columns: int, *, justify: Sequence[str] | None = None) -> Table:
 
 def _percent(share: float) -> str:
     value = 100 * share
-    return f"{value:.0f} %" if value >= 99.95 else f"{value:.1f} %" if value >= 0.1 or value == 0 else "< 0.1 %"
+    return f"{value:.0f}%" if value >= 99.95 else f"{value:.1f}%" if value >= 0.1 or value == 0 else "< 0.1%"
 
 
 def _arrow() -> str:

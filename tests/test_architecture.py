@@ -78,14 +78,14 @@ import numpy as np
 from scipy.sparse import csr_array
 from graphs import AttributionGraph, NodeTable, prune, render, paths, to_neuronpedia, write_graphml
 nodes = NodeTable(
-    kind=[0, 2, 3], layer=[0, -1, 1], position=[0, 0, 0], feature=[5, 7, 9], activation=[1, 0, 0], probability=[0, 0, 1],
-    label=("f", "a", "b"),
+    kind=[0, 2, 3], layer=[0, -1, 1], position=[0, 0, 0], feature=[5, 7, 9], activation=[1, 0, 0],
+    probability=[0, 0, 1], label=("f", "a", "b"),
 )
 zeros = np.zeros(3)
 weights = csr_array(np.array([[0, 2.0, 0], [0, 0, 0], [3.0, 1.0, 0]]))
 graph = AttributionGraph(
-    nodes=nodes, adjacency=weights, bias=zeros, bos=zeros, untraced=zeros, pre_activation=zeros, prompt="a", tokens=("a",),
-    token_ids=[7], n_layers=1, model="m", dictionaries="d", n_active_features=1,
+    nodes=nodes, adjacency=weights, bias=zeros, bos=zeros, untraced=zeros, pre_activation=zeros, prompt="a",
+    tokens=("a",), token_ids=[7], n_layers=1, model="m", dictionaries="d", n_active_features=1,
 )
 graph.save({str(tmp_path / "g.safetensors")!r})
 small = prune(AttributionGraph.load({str(tmp_path / "g.safetensors")!r}))
@@ -128,6 +128,22 @@ def test_files_and_functions_stay_short():
 
 def test_every_module_says_what_it_is():
     assert not [path for path in ALL_SOURCES if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+
+
+def test_the_readme_maps_every_file():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    folders = {path.parent for path in ALL_SOURCES if path.parent.name != "facts"}
+    for folder in sorted(folders):
+        assert f"`{folder.relative_to(ROOT)}/`" in readme
+    missing = [path for path in ALL_SOURCES if path.name != "__init__.py" and f"`{path.name}`" not in readme]
+    assert not missing, "one line each under 'Where things are'"
+
+
+def test_what_ships_stays_small():
+    """The model and its dictionaries go into the wheel: 25 MB together, and no training state among them."""
+    shipped = [path for path in (ROOT / "replacement/pretrained/atlas").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in shipped) <= 25e6
+    assert {path.suffix for path in shipped} <= {".safetensors", ".json", ".md"}
 
 
 def test_nothing_is_pickled():

@@ -113,6 +113,6 @@ def test_a_report_fits_100_columns(capsys: pytest.CaptureFixture[str]):
     display.show(report(texas(), texas()), took="0.1 s")
     said = capsys.readouterr().out
     assert "capital Dallas is ─▶ Austin" in said
-    assert '45.0 %  +  Dallas ─▶ "Texas" (L0-1) ─▶ "say Austin" (L2 at is) ─▶ Austin' in said
+    assert '45.0%  +  Dallas ─▶ "Texas" (L0-1) ─▶ "say Austin" (L2 at is) ─▶ Austin' in said
     assert max(map(len, said.splitlines())) <= 100
     assert not any(line.endswith(" ") for line in said.splitlines())
