@@ -196,8 +196,8 @@ def token_id(model: ReplacementModel, text: str) -> int:
             return int(ids[0])
     if not text.strip():
         raise InputError(f"target {text!r}: is empty; give a token such as ' Austin'")
-    ids = model.tokenize(text)  # names a word that the vocabulary lacks
-    pieces = " | ".join(model.token_strings(ids)[1:])
+    ids = model.word_ids(text, what=f"target {text!r}")
+    pieces = " | ".join(model.token_strings(torch.tensor(ids)))
     raise InputError(f"target {text!r}: is several tokens ({pieces}); pass one of them")
 
 

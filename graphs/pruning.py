@@ -60,8 +60,8 @@ def prune(graph: AttributionGraph, *, node_threshold: float = 0.8, edge_threshol
 
 def prune_masks(graph: AttributionGraph, *, node_threshold: float = 0.8, edge_threshold: float = 0.98) -> PruneMasks:
     """Return which nodes and edges `prune` keeps; arguments and errors are those of `prune`."""
-    _check_threshold("node_threshold", node_threshold)
-    _check_threshold("edge_threshold", edge_threshold)
+    check_threshold("node_threshold", node_threshold)
+    check_threshold("edge_threshold", edge_threshold)
     influence = node_influence(graph)
     always = graph.nodes.is_embedding | graph.nodes.is_logit
     kept_nodes = (influence >= selection_threshold(influence, node_threshold)) | always
@@ -134,7 +134,8 @@ def _connected(
     return kept
 
 
-def _check_threshold(name: str, value: float) -> None:
+def check_threshold(name: str, value: float) -> None:
+    """Raise InputError unless a threshold is a share in [0, 1]; a percentage is told how it is written."""
     number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not number or not 0 <= value <= 1:
         percent = number and 1 < value <= 100

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 from scipy.sparse import csr_array
 
 from graphs.errors import InputError
@@ -73,7 +73,8 @@ def save(graph: AttributionGraph, path: str | PathLike[str]) -> None:
             f"save(graph=...): its settings are not JSON ({problem}); use numbers, text, lists, dicts"
         ) from None
     with whole_file(path, call="save") as draft:
-        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, draft, metadata={"graph": text})
+        data = serialize({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata={"graph": text})
+        draft.write_bytes(data)  # the library's own writer makes files that only their owner can read
 
 
 def load(path: str | PathLike[str]) -> AttributionGraph:

@@ -119,22 +119,29 @@ class ReplacementModel:
         tokenizer = self.bridge.tokenizer
         if not prompt.strip():
             raise InputError("prompt: is empty; give at least one word")
-        encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
-        ids = list(encoded["input_ids"])
-        if tokenizer.is_fast and tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-            start, end = encoded["offset_mapping"][ids.index(tokenizer.unk_token_id)]
-            raise InputError(self._unknown_word(prompt[start:end]))
+        ids = self.word_ids(prompt, what="prompt")
         first = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
         bos = next((token for token in first if token is not None), None)
         if ids and ids[0] not in tokenizer.all_special_ids and bos is not None:
             ids.insert(0, bos)
         return torch.tensor(ids, dtype=torch.long)
 
+    def word_ids(self, text: str, *, what: str) -> list[int]:
+        """Token ids of a text without special tokens; raises InputError, `what` first, for a word the vocabulary lacks."""
+        tokenizer = self.bridge.tokenizer
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+        ids = list(encoded["input_ids"])
+        if tokenizer.is_fast and tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            start, end = encoded["offset_mapping"][ids.index(tokenizer.unk_token_id)]
+            raise InputError(f"{what}: {self._unknown_word(text[start:end])}")
+        return ids
+
     def _unknown_word(self, word: str) -> str:
-        vocabulary = {token.lower(): token for token in self.bridge.tokenizer.get_vocab()}
-        near = [vocabulary[match] for match in difflib.get_close_matches(word.lower(), vocabulary, n=3)]
+        tokenizer = self.bridge.tokenizer
+        words = {token.lower(): token for token in tokenizer.get_vocab() if token not in tokenizer.all_special_tokens}
+        near = [words[match] for match in difflib.get_close_matches(word.lower(), words, n=3)]
         hint = f"near: {', '.join(near)}; " if near else ""
-        return f"prompt: {word!r} is not in the vocabulary of {self.name}; {hint}use other words or pass another model"
+        return f"{word!r} is not in the vocabulary of {self.name}; {hint}use other words or pass another model"
 
     def token_strings(self, tokens: Int[Tensor, " n"]) -> list[str]:
         """Each token as text, leading spaces kept where the tokenizer has them."""

@@ -137,7 +137,7 @@ def _predictions(model: ReplacementModel, prompt: str, position: int | None) -> 
 
 def _check_thresholds(arguments: argparse.Namespace) -> None:
     """Refuse a wrong threshold before the long work, not after it."""
-    from graphs.pruning import _check_threshold as check_threshold
+    from graphs.pruning import check_threshold
 
     for name, value in thresholds(arguments).items():
         check_threshold(name, value)
