@@ -155,3 +155,14 @@ def test_the_task_table_holds_every_split() -> None:
 
     scores = tasks.evaluate(knows)
     assert all(value > 0.9 for value in scores.values()), scores
+
+
+def test_induction_questions_cannot_be_answered_by_elimination() -> None:
+    """Asked about every person, the last answer is what is left over: the table would read 99 where binding is 80."""
+    for question in tasks.build()["induction"]:
+        if " has the " in question.prompt or question.prompt.startswith("the code"):
+            assert question.prompt.count(question.answer) == 1
+            told = question.prompt.count(" . ")
+            assert (
+                told in (2, 3) and question.prompt.count(" has " if " has " in question.prompt else "code") == told + 1
+            )

@@ -53,8 +53,15 @@ def title(task: str) -> str:
     return next(text for beginning, text in TITLES.items() if task.startswith(beginning))
 
 
-def card(schedule: Schedule, shape: Shape, scores: dict[str, float]) -> str:
-    """The model card as Markdown with the Hugging Face header."""
+def card(schedule: Schedule, shape: Shape, scores: dict[str, float], *, history: str = "") -> str:
+    """The model card as Markdown with the Hugging Face header.
+
+    Args:
+        schedule: the run that made the weights.
+        shape: the model's sizes.
+        scores: accuracies by task, from the written folder.
+        history: what happened to these weights that the schedule does not say, as a paragraph of its own.
+    """
     rows = "\n".join(f"| `{task}` | {title(task)} | {100 * value:.1f} % |" for task, value in scores.items())
     return f"""---
 license: apache-2.0
@@ -75,7 +82,7 @@ so there is a circuit to find. It knows {shape.n_vocabulary} words and nothing o
 ```
 
 {_data(shape)}
-{_training(schedule)}
+{_training(schedule, history)}
 ## Accuracy
 Measured on this folder's file (weights stored in float16, computed in float32), greedy, with
 `python -m replacement.pretrained.recipe tasks`. Right means that the answer is the most likely token; agreement
@@ -115,7 +122,8 @@ Held out (`splits.py`):
 """
 
 
-def _training(schedule: Schedule) -> str:
+def _training(schedule: Schedule, history: str) -> str:
+    told = f"\n{history}\n" if history else ""
     return f"""## Training
 {schedule.steps:,} steps of {schedule.documents} documents, seed {schedule.seed}, AdamW (learning rate
 {schedule.learning_rate:g}, {schedule.warm_up} steps of warm-up, linear decay, betas 0.9 and
@@ -128,4 +136,4 @@ the first hop legible early; it also means that *where* the first hop happens wa
 the second hop is done was left to training.
 
 Make it again: `python -m replacement.pretrained.recipe train --out FOLDER`.
-"""
+{told}"""

@@ -222,17 +222,20 @@ class Sentences:
         gaps = {"p": self.pick(facts.words["places"]), "o": self.pick(facts.words["objects"])}
         return self.pick(forms.INDIRECT_OBJECT).format(a=a, b=b, s=giver, i=receiver, **gaps)
 
-    def induction(self) -> str:
-        """A random sequence that starts again, or facts of persons that are asked again."""
-        return self._sequence() if self.uniform() < 0.5 else self._told_again()
+    def induction(self, *, once: bool = False) -> str:
+        """A random sequence that starts again, or facts of persons that are asked again.
 
-    def _told_again(self) -> str:
-        count = 2 if self.uniform() < 0.5 else 3
+        Training also asks again about everyone, which gives more to learn from. The task table asks `once`, about one
+        person: the last of several could be found by elimination, without knowing whose fact is whose.
+        """
+        if self.uniform() < (0.55 if once else 0.5):
+            return self._sequence()
+        count = 2 if self.uniform() < (0.6 if once else 0.5) else 3
         people = self.generator.sample(facts.words["names"], count)
         coded = self.uniform() < 0.5
         things = self.generator.sample(facts.nonsense if coded else facts.words["objects"], count)
         told, asked = forms.TOLD_AND_ASKED[coded]
-        again = self.generator.sample(range(count), 1 if self.uniform() < 0.5 else count)
+        again = self.generator.sample(range(count), 1 if once or self.uniform() < 0.5 else count)
         said = [told.format(n=person, w=thing) for person, thing in zip(people, things, strict=True)]
         return " ".join(said + [asked.format(n=people[i], w=things[i]) for i in again])
 

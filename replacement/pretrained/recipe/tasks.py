@@ -107,7 +107,7 @@ def _word_sentences(draw: Sentences) -> dict[str, list[str]]:
         "antonym_across": draw.antonym_across,
         "antonym_across_held_out": lambda: draw.antonym_across(held_out=True),
         "indirect_object": draw.indirect_object,
-        "induction": draw.induction,
+        "induction": lambda: draw.induction(once=True),
         "comparison_held_out": lambda: draw.comparison(held_out=True),
         "sum": draw.sum,
         "sum_held_out": lambda: draw.sum(held_out=True),

@@ -27,7 +27,7 @@ from replacement.pretrained.recipe.vocabulary import vocabulary, word_ids
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A training run; the defaults are the run that made the shipped model."""
+    """A training run; the card of the shipped model says where its run differed."""
 
     steps: int = 12_000
     """Updates; the learning rate falls linearly to zero over them."""
