@@ -149,7 +149,7 @@ def evaluate_replacement(
     everything, answers = ReplacementMeter(), ReplacementMeter()
     for tokens, answer in batches:
         read, targets, marked = tokens[:, :-1], tokens[:, 1:].flatten(), answer[:, 1:].flatten()
-        logits = [model(read).flatten(0, 1) for model in (original, replaced, ablated)]
-        everything.update(*logits, targets)
-        answers.update(*(each[marked] for each in logits), targets[marked])
+        clean, ours, none = (model(read).flatten(0, 1) for model in (original, replaced, ablated))
+        everything.update(clean, ours, none, targets)
+        answers.update(clean[marked], ours[marked], none[marked], targets[marked])
     return {"all": everything.figures(), "answer": answers.figures()}

@@ -21,6 +21,7 @@ from replacement.training import (
     train,
     train_end_to_end,
 )
+from replacement.training.clusters import cluster_detectors
 from replacement.training.reconstruction import learning_rate_factor
 from replacement.training.source import ShuffledBlocks
 from replacement.training.sparse import decode_active, preselect, select
@@ -128,7 +129,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("prefixes", [(), (16, 32)])
 def test_training_explains_the_mlps_at_the_wanted_sparsity(skip: bool, prefixes: tuple[int, ...]) -> None:
-    """On clustered toy data FVU falls below 0.2 at the configured L0, and the calibrated threshold gives that L0."""
+    """On clustered toy data FVU falls below 0.2 with at most the configured number of active features."""
     source = ToyMLPs()
     layers = train(source, config=toy_config(skip=skip, prefixes=prefixes, tokens=64 * 300), show_progress=False)
     inputs, outputs = source.batch(10_000)
@@ -136,7 +137,7 @@ def test_training_explains_the_mlps_at_the_wanted_sparsity(skip: bool, prefixes:
         transcoder = layer.dictionary(read="mlp.hook_in", write="mlp.hook_out")
         fvu = (transcoder(x) - y).square().sum() / (y - y.mean(0)).square().sum()
         assert fvu < 0.2
-        assert (transcoder.encode(x) > 0).sum(1).float().mean() == pytest.approx(4, rel=0.25)
+        assert 1 < (transcoder.encode(x) > 0).sum(1).float().mean() < 5
 
 
 def test_scales_are_folded_into_the_weights() -> None:
@@ -164,23 +165,6 @@ def test_dead_features_come_back_through_the_auxiliary_loss() -> None:
     assert moved[:10].any() and not moved[10:].any()
 
 
-def test_resampled_features_write_the_error_of_a_badly_explained_token() -> None:
-    """Only dead features change, and each one, at the token it was pointed at, writes that token's error."""
-    inputs, outputs = ToyMLPs().batch(0)
-    layer = TrainedLayer(inputs[0], outputs[0], config=toy_config(), layer=0, n_layers=1)
-    layer.since_fired[5:9] = 1e6
-    before = layer.W_dec.detach().clone()
-    error = torch.zeros_like(outputs[0])
-    error[3] = outputs[0][3]
-    x = inputs[0] * layer.input_scale
-    dead = layer.resample(x, error, torch.Generator().manual_seed(0))
-    assert dead.tolist() == [5, 6, 7, 8]
-    assert torch.equal(layer.W_dec.detach()[9:], before[9:]) and torch.equal(layer.W_dec.detach()[:5], before[:5])
-    first = next(i for i in dead.tolist() if layer.W_dec[i].abs().sum() > 0)
-    activation = x[3] @ layer.W_enc[first] + layer.b_enc[first]
-    torch.testing.assert_close((activation * layer.W_dec[first]).detach(), error[3], atol=1e-4, rtol=1e-4)
-
-
 def test_a_floor_keeps_faint_firing_out() -> None:
     """No feature of the exported transcoder fires below the given share of its usual peak."""
     source = ToyMLPs()
@@ -190,6 +174,20 @@ def test_a_floor_keeps_faint_firing_out() -> None:
         least = torch.where(activations > 0, activations, torch.inf).amin(0)
         floors = 0.4 * layer.peak * layer.W_dec.detach().norm(dim=1)
         assert (least >= floors).all()
+
+
+def test_features_start_as_detectors_of_clusters() -> None:
+    """On data with 20 clusters every cluster has a coarse feature that fires at its tokens and at few others."""
+    source = ToyMLPs()
+    inputs, outputs = (torch.cat([source.batch(i)[side][0] for i in range(10)]) for side in (0, 1))
+    sets = cluster_detectors(inputs, outputs, sizes=[20, 40], generator=torch.Generator().manual_seed(0))
+    assert [len(each.W_enc) for each in sets] == [20, 40]
+    which = torch.cdist(inputs, source.centres).argmin(1)
+    fires = inputs @ sets[0].W_enc.T + sets[0].b_enc > 0
+    member = F.one_hot(which, 20).float()
+    hits = member.T @ fires.float()
+    f1 = 2 * hits / (fires.sum(0) + member.sum(0)[:, None])
+    assert (f1.amax(1) > 0.9).float().mean() > 0.7
 
 
 def test_shuffled_blocks_serve_every_token_once_in_any_order() -> None:

@@ -55,11 +55,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_transcoders_explain_a_foreign_model_on_held_out_stories(trained: Path) -> None:
-    """FVU on unseen stories is below 0.4 in every layer at about 16 active features, in the stored files."""
+    """FVU on unseen stories is below 0.45 in every layer with at most 16 active features, in the stored files."""
     source = StoryActivations("valid", characters=60_000)
     for figures in evaluate_reconstruction(formats.load(trained), (source.batch(i) for i in range(6))):
-        assert figures.fvu < 0.4
-        assert 10 < figures.l0 < 24
+        assert figures.fvu < 0.45
+        assert 1 < figures.l0 < 18
 
 
 def test_a_story_is_traced_with_rows_that_add_up(trained: Path) -> None:

@@ -19,7 +19,7 @@ class TrainingConfig:
     k: int | tuple[int, ...] = 16
     """Features that fire at a token on average (BatchTopK), for all layers or one number a layer."""
     floor: float = 0.0
-    """A feature fires only above this share of its own usual peak: keeps faint firing off its topic out; 0 for no floor."""
+    """A feature fires only above this share of its own usual peak, so not faintly off its topic; 0 for no floor."""
     prefixes: tuple[int, ...] = ()
     """Sizes of nested dictionaries that must each reconstruct (Matryoshka), ascending, all below n_features; () for
     none.
@@ -44,8 +44,6 @@ class TrainingConfig:
     """Dead features that take part at a token."""
     dead_after: int = 100_000
     """Tokens without firing after which a feature counts as dead in training."""
-    resample_every: int = 40
-    """Steps between resamplings of dead features, until the learning rate starts to fall; 0 for never."""
     threshold_memory: float = 0.9
     """Share of the old threshold that stays at a step."""
     seed: int = 0

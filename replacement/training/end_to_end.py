@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -96,7 +96,7 @@ def _losses(
     rest: list[Tensor] = []
 
     def mlp(index: int, x: Tensor) -> Tensor:
-        layer: TrainedLayer = layers[index]
+        layer = cast(TrainedLayer, layers[index])
         scaled = x.reshape(-1, x.shape[-1]) * layer.input_scale
         result = layer(scaled, generator=generator, memory=config.threshold_memory)
         error = activations.outputs[index].unsqueeze(1) * layer.output_scale - result.outputs

@@ -6,14 +6,16 @@ scales folded in. Knows nothing of optimisers, other layers or models.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from replacement.activation import BatchTopK, JumpReLU
+from replacement.training.clusters import cluster_detectors
 from replacement.training.config import TrainingConfig
 from replacement.training.sparse import ActiveSet, decode_active, preselect, select
 from replacement.transcoder import Transcoder
@@ -53,21 +55,20 @@ class TrainedLayer(nn.Module):
         layer: int,
         n_layers: int,
     ) -> None:
-        """Start from a sample: scales and output mean from it, encoder rows along inputs, decoder rows along the same
-        tokens' outputs.
-        """
+        """Start from a sample: scales and output mean from it, features at its clusters, coarse to fine by prefix."""
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed * 1009 + layer)
         self.layer, self.k = layer, config.k_of(layer, n_layers)
         self.prefixes = (*config.prefixes, config.n_features)
         self.aux_k, self.dead_after, self.floor = config.aux_k, config.dead_after, config.floor
-        pick = torch.randint(len(inputs), (config.n_features,), generator=generator)
         for name, sample in (("input_scale", inputs), ("output_scale", outputs)):
             self.register_buffer(name, sample.shape[1] ** 0.5 / sample.norm(dim=1).mean())
         x, y = inputs * self.input_scale, outputs * self.output_scale
-        self.W_enc = nn.Parameter(F.normalize(x[pick] - x.mean(0), dim=1))
-        self.b_enc = nn.Parameter(torch.zeros(config.n_features))
-        self.W_dec = nn.Parameter(0.1 * F.normalize(y[pick] - y.mean(0), dim=1))
+        sizes = [b - a for a, b in pairwise((0, *self.prefixes))]
+        start = cluster_detectors(x, y, sizes=sizes, generator=generator)
+        self.W_enc = nn.Parameter(torch.cat([each.W_enc for each in start]))
+        self.b_enc = nn.Parameter(torch.cat([each.b_enc for each in start]))
+        self.W_dec = nn.Parameter(torch.cat([each.W_dec for each in start]) / len(start))
         self.b_dec = nn.Parameter(y.mean(0))
         self.W_skip = nn.Parameter(torch.zeros(outputs.shape[1], inputs.shape[1])) if config.skip else None
         self.register_buffer("threshold", torch.tensor(0.0))
@@ -113,27 +114,8 @@ class TrainedLayer(nn.Module):
         return (error[rows].detach() - rebuilt).pow(2).mean()
 
     @torch.no_grad()
-    def resample(
-        self, x: Float[Tensor, "tokens d_in"], error: Float[Tensor, "tokens d_out"], generator: torch.Generator
-    ) -> Int[Tensor, " dead"]:
-        """Point dead features at badly explained tokens (Bricken et al. 2023, "Resampling"); returns which were dead.
-
-        Tokens are drawn with probability proportional to their squared error. A resampled feature fires where the centred input
-        reaches half of its token's, and writes that token's error there.
-        """
-        dead = (self.since_fired > self.dead_after).nonzero().flatten()[: len(x)]
-        if len(dead):
-            chosen = torch.multinomial(error.square().sum(1) + 1e-12, len(dead), generator=generator)
-            mean = x.mean(0)
-            direction = (x[chosen] - mean) / (x[chosen] - mean).square().sum(1, keepdim=True).clamp_min(1e-6)
-            self.W_enc[dead], self.b_enc[dead] = direction, -direction @ mean - 0.5
-            self.W_dec[dead] = 2 * error[chosen]
-            self.since_fired[dead], self.peak[dead] = 0, 0
-        return dead
-
-    @torch.no_grad()
     def _threshold_for_k(self, x: Float[Tensor, "tokens d_in"], norms: Float[Tensor, " n_features"]) -> Tensor:
-        """The threshold on `a |d|` that k features a token pass on average, among those above their floor; at least 1e-4."""
+        """The threshold on `a |d|` that k features a token pass on average, of those above their floor."""
         pre = F.linear(x, self.W_enc, self.b_enc)
         written = torch.where(pre > self.floor * self.peak, pre * norms, 0.0).flatten()
         return written.topk(self.k * len(x)).values[-1].clamp_min(1e-4)

@@ -7,9 +7,10 @@ nested prefixes (Bussmann et al. 2025) when asked for. Knows nothing of the mode
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from replacement.training.checkpoint import read_checkpoint, write_checkpoint
@@ -18,7 +19,7 @@ from replacement.training.layer import TrainedLayer
 from replacement.training.progress import progress_bar
 from replacement.training.source import Activations, ActivationSource, ShuffledBlocks
 
-_CALIBRATION_TOKENS = 4096
+_CALIBRATION_TOKENS, _START_TOKENS = 4096, 24576
 
 
 def train(
@@ -42,7 +43,7 @@ def train(
     blocks = ShuffledBlocks(
         source, block_batches=config.block_batches, batch_tokens=config.batch_tokens, seed=config.seed
     )
-    first = blocks.batch(0)
+    first = blocks.first_tokens(_START_TOKENS)
     n_layers = len(first.inputs)
     layers = nn.ModuleList(
         TrainedLayer(x.float(), y.float(), config=config, layer=layer, n_layers=n_layers)
@@ -57,7 +58,7 @@ def train(
     with progress_bar(show=show_progress) as bar:
         task = bar.add_task("reconstruction", total=config.steps, completed=done, figure="")
         for step in range(done, last):
-            loss = _step(layers, blocks.batch(step), optimizer, step=step, config=config)
+            loss = _step(layers, blocks.batch(step), step=step, config=config)
             _set_learning_rate(optimizer, config.learning_rate * learning_rate_factor(step, config))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -68,7 +69,7 @@ def train(
             bar.update(task, advance=1, figure=f"loss {loss.item() / n_layers:.4f}")
     sample = blocks.batch(last).inputs[:, :_CALIBRATION_TOKENS]
     for layer, x in zip(layers, sample, strict=True):
-        layer.calibrate(x.float())
+        cast(TrainedLayer, layer).calibrate(x.float())
     return layers
 
 
@@ -80,33 +81,18 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return min(1.0, (step + 1) / max(1, config.warmup_steps)) * max(0.02, min(1.0, left))
 
 
-def _step(
-    layers: nn.ModuleList, batch: Activations, optimizer: torch.optim.Optimizer, *, step: int, config: TrainingConfig
-) -> Float[Tensor, ""]:
-    resampling = config.resample_every and (step + 1) % config.resample_every == 0
-    resampling = resampling and step < config.steps * (1 - config.decay_fraction)
+def _step(layers: nn.ModuleList, batch: Activations, *, step: int, config: TrainingConfig) -> Float[Tensor, ""]:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     loss = torch.zeros(())
-    for layer, inputs, outputs in zip(layers, batch.inputs, batch.outputs, strict=True):
+    for module, inputs, outputs in zip(layers, batch.inputs, batch.outputs, strict=True):
+        layer = cast(TrainedLayer, module)
         x, y = inputs.float() * layer.input_scale, outputs.float() * layer.output_scale
         result = layer(x, generator=generator, memory=config.threshold_memory)
         error = y.unsqueeze(1) - result.outputs
-        if resampling:
-            _forget(optimizer, layer, layer.resample(x, error[:, -1].detach(), generator))
-            result = layer(x, generator=generator, memory=config.threshold_memory)
-            error = y.unsqueeze(1) - result.outputs
         loss = loss + error.pow(2).mean()
         if config.aux_weight:
             loss = loss + config.aux_weight * layer.aux_loss(x, error[:, -1], generator)
     return loss
-
-
-def _forget(optimizer: torch.optim.Optimizer, layer: TrainedLayer, features: Int[Tensor, " n"]) -> None:
-    """Clear Adam's averages for features that start anew."""
-    for parameter in (layer.W_enc, layer.b_enc, layer.W_dec):
-        for name in ("exp_avg", "exp_avg_sq"):
-            if parameter in optimizer.state:
-                optimizer.state[parameter][name][features] = 0
 
 
 def _set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

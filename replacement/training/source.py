@@ -46,7 +46,7 @@ class ShuffledBlocks:
                 f"ShuffledBlocks(batch_tokens={batch_tokens}): {block_batches} batches of {source.tokens} tokens each "
                 "do not fill one batch; raise block_batches"
             )
-        self._block, self._content = -1, None
+        self._block, self._content = -1, Activations(torch.empty(0), torch.empty(0))
 
     def batch(self, index: int) -> Activations:
         """The index-th shuffled batch; cheap when asked for in ascending order."""
@@ -55,6 +55,11 @@ class ShuffledBlocks:
             self._content, self._block = self._load(block), block
         piece = slice(place * self.batch_tokens, (place + 1) * self.batch_tokens)
         return Activations(self._content.inputs[:, piece], self._content.outputs[:, piece])
+
+    def first_tokens(self, n: int) -> Activations:
+        """Up to n tokens of the first block."""
+        self.batch(0)
+        return Activations(self._content.inputs[:, :n], self._content.outputs[:, :n])
 
     def _load(self, block: int) -> Activations:
         parts = [self.source.batch(block * self.block_batches + i) for i in range(self.block_batches)]

@@ -176,7 +176,7 @@ def _other_groups() -> dict[str, Iterable[str]]:
         groups[f"nonsense -{last}"] = [word for word in facts.nonsense if word.endswith(last)]
     groups |= {
         "question word": ["what", "which", "how", "who", "where"],
-        "is": ["is", "est", "es", "are"],
+        "word for is": ["is", "est", "es", "are"],
         "punctuation": [".", ",", "?", ":", '"', "'"],
         "French function word": ["le", "la", "les", "est", "de", "l", "devant", "derrière"],
         "Spanish function word": ["el", "lo", "los", "es", "de", "ante", "tras"],
@@ -191,7 +191,8 @@ def concepts() -> tuple[Concept, ...]:
     """Every concept that a feature can be named after."""
     shown, found = vocabulary(), []
     for index, word in enumerate(shown):
-        found.append(Concept(word, TOKEN, (index,)))
+        name = f'"{word}"' if word in word_groups() else word  # the word "capital" is not a capital
+        found.append(Concept(name, TOKEN, (index,)))
         found.append(Concept(f"say {word}", ANSWER, (index,)))
     for place in (*facts.states, *facts.countries):
         inside = _ids((*place.cities, place.capital))
@@ -211,6 +212,6 @@ def concepts() -> tuple[Concept, ...]:
 
 
 def _article(name: str) -> str:
-    if name == "is" or name.startswith(("number ", "asks", "word for", "'")) or "/" in name:
+    if name.startswith(("number ", "asks", "word for", "'")) or "/" in name:
         return name
     return f"an {name}" if name[0].lower() in "aeio" else f"a {name}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ READ, WRITE = "mlp.hook_in", "mlp.hook_out"
 RECONSTRUCTION_SEED, END_TO_END_SEED, PROFILE_SEED = 20_000_000, 40_000_000, 60_000_000
 """First seeds of the documents of each stage; all different from each other, the model's and the held-out ones."""
 _PROFILE_DOCUMENTS, _BATCH = 8192, 64
+_LEAST_FIRES = 4
+"""Strong activations over the profile's documents that a feature needs to be kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,17 +44,22 @@ class Recipe:
     """Settings of one set."""
 
     reconstruction: TrainingConfig
-    end_to_end: EndToEndConfig
+    end_to_end: tuple[EndToEndConfig, ...]  #: stages, one after the other on documents of their own
 
 
+_SHAPE = {"n_features": 1536, "prefixes": (512,), "k": (4, 4, 6, 6, 6, 6)}
+_END_TO_END = (
+    EndToEndConfig(steps=1000, learning_rate=1e-3, aux_weight=0.0),
+    EndToEndConfig(steps=1400, learning_rate=1e-3, aux_weight=0.0, reconstruction_weight=10.0),
+)
 RECIPES = {
     "transcoders": Recipe(
-        TrainingConfig(n_features=2048, k=12, tokens=4_000_000),
-        EndToEndConfig(steps=2500, learning_rate=1e-3),
+        TrainingConfig(tokens=1_500_000, floor=0.3, **_SHAPE),
+        _END_TO_END,
     ),
     "skip_transcoders": Recipe(
-        TrainingConfig(n_features=2048, k=12, tokens=4_000_000, skip=True),
-        EndToEndConfig(steps=2500, learning_rate=1e-3),
+        TrainingConfig(tokens=1_500_000, floor=0.2, skip=True, **_SHAPE),
+        _END_TO_END,
     ),
 }
 """The sets that ship, by folder name."""
@@ -65,38 +73,40 @@ def load_model(folder: Path) -> ReplaceableLlama:
 
 
 def make(model: ReplaceableLlama, recipe: Recipe, out: Path, *, work: Path, show_progress: bool = True) -> None:
-    """Train one set through both stages, drop features that never fire, label the rest, write the folder.
+    """Train one set through both stages, drop features that hardly ever fire, label the rest, write the folder.
 
     work: folder of the two stages' checkpoints; a stopped run goes on from them.
     """
     work.mkdir(parents=True, exist_ok=True)
-    source = CorpusActivations(model, first_seed=RECONSTRUCTION_SEED)
+    fast = ReplaceableLlama(model.model, precision=torch.bfloat16)
+    source = CorpusActivations(fast, first_seed=RECONSTRUCTION_SEED)
     layers = train(
         source,
         config=recipe.reconstruction,
         checkpoint=work / "reconstruction.safetensors",
         show_progress=show_progress,
     )
-    train_end_to_end(
-        model,
-        layers,
-        lambda step: corpus_documents(step, documents=recipe.end_to_end.documents, first_seed=END_TO_END_SEED),
-        config=recipe.end_to_end,
-        checkpoint=work / "end_to_end.safetensors",
-        show_progress=show_progress,
-    )
+    for stage, config in enumerate(recipe.end_to_end):
+        train_end_to_end(
+            fast,
+            layers,
+            partial(corpus_documents, documents=config.documents, first_seed=END_TO_END_SEED + 1_000_000 * stage),
+            config=config,
+            checkpoint=work / f"end_to_end_{stage}.safetensors",
+            show_progress=show_progress,
+        )
     dictionaries = [layer.dictionary(read=READ, write=WRITE) for layer in layers]
     kept, labels, dropped = {}, {}, {}
     for dictionary, found in zip(dictionaries, _profiles(model, dictionaries), strict=True):
-        alive = (found.fires[0].sum(1) > 0).nonzero().flatten()
+        alive = (found.fires[0].sum(1) >= _LEAST_FIRES).nonzero().flatten()
         layer = dictionary.layer
         kept[layer] = keep_features(dictionary, alive)
         dropped[layer] = dictionary.n_features - len(alive)
         labels[layer] = label_features(kept[layer], found.rows(alive), _output(model))
     metadata = {
         "reconstruction": dataclasses.asdict(recipe.reconstruction),
-        "end_to_end": dataclasses.asdict(recipe.end_to_end),
-        "dropped_because_never_fired": dropped,
+        **{f"end_to_end_{i}": dataclasses.asdict(config) for i, config in enumerate(recipe.end_to_end)},
+        "dropped_because_too_rare": dropped,
     }
     formats.save(DictionarySet(kept, out.name, labels, metadata), out, dtype="float16")
 
@@ -120,7 +130,8 @@ def _profiles(model: ReplaceableLlama, dictionaries: list[Dictionary]) -> list[P
         _, activations = model.original(batch.tokens[:, :-1])
         annotations = annotate(batch.tokens, batch.answer)
         for each, dictionary in zip(found, dictionaries, strict=True):
-            each.add(dictionary, activations.inputs[dictionary.layer], annotations)
+            count = index >= _PROFILE_DOCUMENTS // _BATCH // 8  # the first eighth finds the peaks
+            each.add(dictionary, activations.inputs[dictionary.layer], annotations, count=count)
     return found
 
 
@@ -174,51 +185,55 @@ def run(given: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     folder = given.model or directory("atlas")
     out = given.out or folder / "dictionaries"
-    model, tables = load_model(folder), {}
+    model = load_model(folder)
     for name in [given.set] if given.set else RECIPES:
         if given.label:
             relabel(model, out / name)
         elif not (given.evaluate or given.card):
             make(model, RECIPES[name], out / name, work=given.work / name)
-        tables[name] = table(measure(model, formats.load(out / name)))
-        print(f"\n## {name}\n\n{tables[name]}", flush=True)
-    if not given.evaluate and not given.set:
-        (out / "README.md").write_text(card(out, tables), encoding="utf-8")
-        print(f"wrote {out / 'README.md'}", file=sys.stderr)
+        figures = table(measure(model, formats.load(out / name)))
+        print(f"\n## {name}\n\n{figures}", flush=True)
+        if not given.evaluate:
+            write_card(out, name, figures)
     return 0
 
 
-def card(out: Path, tables: dict[str, str]) -> str:
-    """The README of the dictionaries' folder: what they are, how they were made, how good they are."""
-    parts = [_CARD]
-    for name, figures in tables.items():
-        stored = formats.load(out / name)
-        size = sum(path.stat().st_size for path in (out / name).iterdir())
-        dropped = stored.metadata.get("dropped_because_never_fired", {})
-        recipe = {stage: stored.metadata.get(stage) for stage in ("reconstruction", "end_to_end")}
-        settings = [
-            f"- {stage}: " + ", ".join(f"{k} {v}" for k, v in (of or {}).items()) for stage, of in recipe.items()
-        ]
-        gone = ", ".join(str(n) for n in dropped.values())
-        parts += [f"\n## {name}\n", *settings]
-        parts += [
-            f"- dropped after training because they fired at none of {_PROFILE_DOCUMENTS:,} documents, by layer: {gone}"
-        ]
-        parts += [f"- size on disk: {size / 1e6:.1f} MB\n", figures]
-    return "\n".join(parts)
+def write_card(out: Path, name: str, figures: str) -> None:
+    """Write the README of one set (settings, figures) and the one of the folder (how to read them)."""
+    stored = formats.load(out / name)
+    size = sum(path.stat().st_size for path in (out / name).iterdir() if path.name != "README.md")
+    recipe = {stage: of for stage, of in stored.metadata.items() if stage.startswith(("reconstruction", "end_to_end"))}
+    lines = [f"# {name} of atlas\n", "What the figures mean is said in the README one folder up.\n"]
+    lines += [f"- {stage}: " + ", ".join(f"{k} {v}" for k, v in dict(of).items()) for stage, of in recipe.items()]
+    gone = ", ".join(str(n) for n in stored.metadata.get("dropped_because_too_rare", {}).values())
+    lines += [f"- dropped after training, by layer: {gone}", f"- size on disk: {size / 1e6:.1f} MB\n", figures]
+    (out / name / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    (out / "README.md").write_text(_CARD, encoding="utf-8")
+    print(f"wrote {out / name / 'README.md'}", file=sys.stderr)
 
 
-_CARD = """# Dictionaries of atlas
+_CARD = f"""# Dictionaries of atlas
 
 Per-layer transcoders with and without a skip connection: each reads an MLP's input (`mlp.hook_in`) and writes its
-output (`mlp.hook_out`). Made by `python -m replacement.pretrained.recipe dictionaries` on generated text: first all
-layers learn to reconstruct their MLPs (BatchTopK, AuxK), then the model with *all* MLPs replaced learns the original's
-next-token distribution. Features that never fired are dropped, so the widths differ by layer. No label, fact or state
-was seen in training.
+output (`mlp.hook_out`). Made by `python -m replacement.pretrained.recipe dictionaries` on generated text:
 
-Figures below: float16 files as they ship, read back; documents of the corpus with seeds that no training used. FVU,
-L0, dead fraction and state features on 8,192 documents of 63 tokens (516,096; BOS left out); dead means no fire at any
-of them. Agreement, KL and cross-entropy on 1,024 of them (65,536 positions), every position replaced, also BOS. F1 of
-a feature as a detector of a state: 2 hits / (fires + positives), best feature of any layer. Labels (`labels.json`) say
-what a feature's activation coincides with on the corpus (`recipe/labels.py`): a description, not a proof.
+1. features start at clusters of tokens (k-means and Ward's linkage on the MLP's inputs and outputs), each with a linear
+   detector of its cluster: 512 coarse clusters and 1,024 fine ones a layer;
+2. all layers learn to reconstruct their MLPs (BatchTopK with a floor under each feature's activation, AuxK; the coarse
+   features must also reconstruct alone);
+3. the model with *all* MLPs replaced learns the original's next-token distribution, on all answer tokens and a sample
+   of the others;
+4. features with fewer than {_LEAST_FIRES} strong activations in {_PROFILE_DOCUMENTS:,} documents are dropped, so
+   widths differ by layer.
+
+No label, fact or state was seen in training: clusters are found in activations alone.
+
+Figures in each set's README: float16 files as they ship, read back; documents of the corpus with seeds that no training
+of dictionaries used. FVU, L0, dead fraction and state features on 8,192 documents (516,096 tokens, BOS left out); dead
+means no fire at any of them. Agreement, KL and cross-entropy on 1,024 of them (65,536 positions), with the MLP replaced
+at every position, also at BOS. F1 of a feature as a detector of a state: 2 hits / (fires + positives), for the best
+feature of any layer. "Among all tokens" counts firing on the state's own name and attributes as wrong.
+
+Labels (`labels.json`) say what a feature's strong activation coincides with on the corpus (`recipe/labels.py`): a
+description, not a proof. `python -m replacement.pretrained.recipe dictionaries --evaluate` prints these figures.
 """

@@ -1,10 +1,10 @@
 """Words for every feature, made from data: the concept it fires on best, or the answer it announces.
 
-Over documents of the corpus each feature's activation is summed by token, by place spoken of, by relation asked for
-and by answer that comes next. A concept's *precision* is the share of the feature's activation that falls on it, its
-*recall* the share of the concept's positions where the feature fires; the label is the concept with the largest
-`precision * recall^(1/4)`. Where none fits, the label lists the tokens the feature fires on. Labels are descriptions
-of correlations, not proofs.
+Over documents of the corpus each feature's strong activations (above half of its highest) are summed by token, by place
+spoken of, by relation asked for and by answer that comes next. A concept's *precision* is the share of that sum that
+falls on it, its *recall* the share of the concept's positions where the feature fires strongly; the label is the
+concept with the largest `precision * recall^(1/4)`. Where none fits, the label lists the tokens the feature fires on.
+Labels are descriptions of correlations, not proofs.
 """
 
 from __future__ import annotations
@@ -21,24 +21,33 @@ from replacement.pretrained.recipe.vocabulary import vocabulary
 
 LONGEST = 40
 """Characters of a label."""
+_STRONG = 0.5  # share of a feature's highest activation from which it counts
 _RECALL_POWER = 0.25
-_GOOD = 0.5  # score that a concept needs to become the label
+_GOOD = 0.55  # score that a concept needs to become the label
+_SURE = 0.8  # precision that is enough at any recall
 _CONTEXT = 0.75  # precision that a second concept needs to be added
+_STANDS_OUT = 5.0  # standard deviations above the mean over the vocabulary
 _VARIABLES = (TOKEN, PLACE, ASKED, ANSWER)
 
 
 class Profile(NamedTuple):
     """What one layer's features fire on, by value of each variable; the last column of each table is "none"."""
 
-    mass: list[Float[Tensor, "n_features values+1"]]  #: summed activation
-    fires: list[Float[Tensor, "n_features values+1"]]  #: number of positions
+    mass: list[Float[Tensor, "n_features values+1"]]  #: summed strong activation
+    fires: list[Float[Tensor, "n_features values+1"]]  #: number of positions with strong activation
     seen: list[Float[Tensor, " values+1"]]  #: positions with this value, firing or not
+    peak: Float[Tensor, " n_features"]  #: highest activation so far, 0 for a feature that never fired
 
     @torch.no_grad()
-    def add(self, dictionary: Dictionary, x: Float[Tensor, "tokens d_in"], annotations: Annotations) -> None:
-        """Take in a batch: the dictionary's inputs, in the order of the flattened annotations."""
+    def add(
+        self, dictionary: Dictionary, x: Float[Tensor, "tokens d_in"], annotations: Annotations, *, count: bool
+    ) -> None:
+        """Take in a batch of inputs, in the order of the flattened annotations; `count=False` takes only peaks."""
         activations = dictionary.encode(x)
-        token, feature = (activations > 0).nonzero().T
+        torch.maximum(self.peak, activations.amax(0), out=self.peak)
+        if not count:
+            return
+        token, feature = (activations > _STRONG * self.peak.clamp_min(1e-9)).nonzero().T
         values = activations[token, feature].float()
         for variable in _VARIABLES:
             width = len(self.seen[variable])
@@ -50,7 +59,8 @@ class Profile(NamedTuple):
 
     def rows(self, features: Int[Tensor, " n"]) -> Profile:
         """The profile of some of the features."""
-        return Profile([table[features] for table in self.mass], [table[features] for table in self.fires], self.seen)
+        mass, fires = ([table[features] for table in side] for side in (self.mass, self.fires))
+        return Profile(mass, fires, self.seen, self.peak[features])
 
 
 class Fit(NamedTuple):
@@ -74,7 +84,8 @@ def profile(dictionary: Dictionary) -> Profile:
     """An empty profile of a dictionary's features."""
     sizes = _sizes()
     mass = [torch.zeros(dictionary.n_features, sizes[v] + 1) for v in _VARIABLES]
-    return Profile(mass, [torch.zeros_like(each) for each in mass], [torch.zeros(sizes[v] + 1) for v in _VARIABLES])
+    fires, seen = [torch.zeros_like(each) for each in mass], [torch.zeros(sizes[v] + 1) for v in _VARIABLES]
+    return Profile(mass, fires, seen, torch.zeros(dictionary.n_features))
 
 
 def fit(found: Profile, variable: int) -> Fit:
@@ -96,15 +107,17 @@ def label_features(dictionary: Dictionary, found: Profile, output: Float[Tensor,
     adds to the logits.
     """
     fits = [fit(found, v) for v in _VARIABLES]
+    precision = torch.cat([each.precision for each in fits], 1)
     scores = torch.cat([each.score for each in fits], 1)
+    scores = torch.where((scores >= _GOOD) | (precision >= _SURE), scores, 0.0)
     best = scores.max(1)
     members = [concept for each in fits for concept in each.concepts]
     promoted = promoted_tokens(dictionary, output)
     labels: dict[int, str] = {}
     for feature in range(dictionary.n_features):
         if found.mass[TOKEN][feature].sum() == 0:
-            labels[feature] = f"rare, promotes {promoted[feature]}"
-        elif best.values[feature] >= _GOOD:
+            labels[feature] = f"rare, promotes {promoted[feature]}" if promoted[feature] else "rare"
+        elif best.values[feature] > 0:
             labels[feature] = _with_context(members[int(best.indices[feature])], fits, feature)
         else:
             labels[feature] = _mixture(found, feature)
@@ -113,10 +126,14 @@ def label_features(dictionary: Dictionary, found: Profile, output: Float[Tensor,
 
 @torch.no_grad()
 def promoted_tokens(dictionary: Dictionary, output: Float[Tensor, "d_out vocab"]) -> list[str]:
-    """The token that each feature raises most by its direct path to the logits."""
+    """The token that each feature raises most by its direct path to the logits, "" where none stands out."""
     effect = dictionary.write_rows(torch.arange(dictionary.n_features), dictionary.layer) @ output
+    highest = ((effect - effect.mean(1, keepdim=True)) / effect.std(1, keepdim=True).clamp_min(1e-9)).max(1)
     shown = vocabulary()
-    return [shown[index] for index in effect.argmax(1).tolist()]
+    return [
+        shown[index] if value >= _STANDS_OUT else ""
+        for value, index in zip(highest.values.tolist(), highest.indices.tolist(), strict=True)
+    ]
 
 
 def _with_context(concept: Concept, fits: list[Fit], feature: int) -> str:
@@ -145,7 +162,9 @@ def _mixture(found: Profile, feature: int) -> str:
     label = ""
     for index in table.argsort(descending=True)[:6].tolist():
         longer = f"{label}, {shown[index]}" if label else prefix + shown[index]
-        if table[index] <= 0 or len(longer) > LONGEST - 3:
+        if table[index] <= 0.02 * table.sum():
+            return label
+        if len(longer) > LONGEST - 3:
             break
         label = longer
     return label + ", …"
@@ -158,8 +177,7 @@ def _distinguish(labels: dict[int, str], promoted: list[str]) -> dict[int, str]:
         count[label] = count.get(label, 0) + 1
     out = {}
     for feature, label in labels.items():
-        longer = f"{label} → {promoted[feature]}"
-        out[feature] = (
-            longer if count[label] > 1 and len(longer) <= LONGEST and promoted[feature] not in label else label
-        )
+        token, longer = promoted[feature], f"{label} → {promoted[feature]}"
+        fits = token and token not in label and len(longer) <= LONGEST
+        out[feature] = longer if fits and count[label] > 1 else label
     return out
