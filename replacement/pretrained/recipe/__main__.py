@@ -1,4 +1,4 @@
-"""Command line of the recipe: `train` makes a model folder, `tasks` prints the accuracies of one."""
+"""Command line of the recipe: `train` makes a model folder, `tasks` prints its accuracies, `dictionaries` its sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from replacement.errors import InputError
 from replacement.pretrained import directory
-from replacement.pretrained.recipe import tasks
+from replacement.pretrained.recipe import dictionaries, tasks
 from replacement.pretrained.recipe.card import card
 from replacement.pretrained.recipe.export import export, load, write_json
 from replacement.pretrained.recipe.training import Run, Schedule
@@ -43,8 +43,11 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=Schedule().seed)
     train.add_argument("--every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
     train.add_argument("--no-compile", action="store_true", help="do not use torch.compile (no C++ compiler)")
+    train.set_defaults(run=run_train)
     table = commands.add_parser("tasks", help="print the accuracy of a model folder by task")
     table.add_argument("--model", type=Path, help="model folder (default: the one that ships)")
+    table.set_defaults(run=run_tasks)
+    dictionaries.add_commands(commands)
     return top
 
 
@@ -72,25 +75,36 @@ def train(out: Path, schedule: Schedule, *, every: int, minutes: float | None = 
     return scores
 
 
+def run_train(given: argparse.Namespace) -> int:
+    """Carry out the `train` command."""
+    schedule = Schedule(steps=given.steps, seed=given.seed, compiled=not given.no_compile)
+    _print(train(given.out, schedule, every=given.every, minutes=given.minutes))
+    return 0
+
+
+def run_tasks(given: argparse.Namespace) -> int:
+    """Carry out the `tasks` command."""
+    folder = given.model or directory("atlas")
+    if not (folder / "config.json").exists():
+        raise InputError(f"tasks(model={str(folder)!r}): no config.json there; give a model folder")
+    _print(tasks.evaluate(load(folder)))
+    return 0
+
+
+def _print(scores: dict[str, float]) -> None:
+    for name, value in scores.items():
+        print(f"{name:36s} {100 * value:6.1f} %")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    given = parser().parse_args(arguments)
     try:
+        given = parser().parse_args(arguments)
         torch.set_num_threads(1)
-        if given.command == "train":
-            schedule = Schedule(steps=given.steps, seed=given.seed, compiled=not given.no_compile)
-            scores = train(given.out, schedule, every=given.every, minutes=given.minutes)
-        else:
-            folder = given.model or directory("atlas")
-            if not (folder / "config.json").exists():
-                raise InputError(f"tasks(model={str(folder)!r}): no config.json there; give a model folder")
-            scores = tasks.evaluate(load(folder))
+        return given.run(given)
     except InputError as mistake:
         print(mistake, file=sys.stderr)
         return 2
-    for name, value in scores.items():
-        print(f"{name:36s} {100 * value:6.1f} %")
-    return 0
 
 
 if __name__ == "__main__":
