@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -88,7 +89,7 @@ class DictionarySet:
     by_layer: Mapping[int, Dictionary]  #: reading layer -> dictionary
     name: str  #: how reports call it: a folder, a hub id, "neurons"
     labels: Mapping[int, Mapping[int, str]] = field(default_factory=dict)  #: layer -> feature -> words
-    metadata: Mapping[str, object] = field(default_factory=dict)  #: what the folder's config said beyond the weights
+    metadata: Mapping[str, Any] = field(default_factory=dict)  #: what the folder's config said beyond the weights
 
     def __post_init__(self) -> None:
         for layer, dictionary in self.by_layer.items():

@@ -127,7 +127,7 @@ class ReplacementModel:
         return torch.tensor(ids, dtype=torch.long)
 
     def word_ids(self, text: str, *, what: str) -> list[int]:
-        """Token ids of a text without special tokens; raises InputError, `what` first, for a word the vocabulary lacks."""
+        """Token ids of a text without special tokens; raises InputError, `what` first, for an unknown word."""
         tokenizer = self.bridge.tokenizer
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
         ids = list(encoded["input_ids"])

@@ -64,7 +64,7 @@ class Annotations(NamedTuple):
 @cache
 def places() -> tuple[str, ...]:
     """Names of states, then of countries."""
-    return tuple(place.name for place in (*facts.states, *facts.countries))
+    return tuple(place.name for place in facts.places)
 
 
 def _ids(names: Iterable[str]) -> tuple[int, ...]:
@@ -77,7 +77,7 @@ def _ids(names: Iterable[str]) -> tuple[int, ...]:
 def place_of_token() -> Int[Tensor, " vocab"]:
     """Place that a token names by itself or by one of its cities, -1 for other tokens."""
     table = torch.full((len(vocabulary()),), -1)
-    for index, place in enumerate((*facts.states, *facts.countries)):
+    for index, place in enumerate(facts.places):
         table[list(_ids((place.name, place.capital, *place.cities)))] = index
     return table
 
@@ -117,7 +117,7 @@ def word_groups() -> dict[str, tuple[int, ...]]:
         "city abroad": facts.city_country(),
         "state capital": [s.capital for s in facts.states],
         "capital abroad": [c.capital for c in facts.countries],
-        "capital": [p.capital for p in (*facts.states, *facts.countries)],
+        "capital": [p.capital for p in facts.places],
         "city": [*facts.city_state(), *facts.city_country()],
         "state": [s.name for s in facts.states],
         "country": [c.name for c in facts.countries],
@@ -135,10 +135,10 @@ def word_groups() -> dict[str, tuple[int, ...]]:
         groups[f"city in the {region}"] = [city for s in members for city in (*s.cities, s.capital)]
     for name in ("continent", "language", "currency"):
         for value in sorted({getattr(c, name) for c in facts.countries}):
-            members = [c for c in facts.countries if getattr(c, name) == value]
-            if len(members) > 1:
-                groups[f"country of {name} {value}"] = [c.name for c in members]
-                groups[f"city, {name} {value}"] = [city for c in members for city in (*c.cities, c.capital)]
+            sharing = [c for c in facts.countries if getattr(c, name) == value]
+            if len(sharing) > 1:
+                groups[f"country of {name} {value}"] = [c.name for c in sharing]
+                groups[f"city, {name} {value}"] = [city for c in sharing for city in (*c.cities, c.capital)]
     return {name: _ids(words) for name, words in (groups | _other_groups()).items()}
 
 
@@ -194,7 +194,7 @@ def concepts() -> tuple[Concept, ...]:
         name = f'"{word}"' if word in word_groups() else word  # the word "capital" is not a capital
         found.append(Concept(name, TOKEN, (index,)))
         found.append(Concept(f"say {word}", ANSWER, (index,)))
-    for place in (*facts.states, *facts.countries):
+    for place in facts.places:
         inside = _ids((*place.cities, place.capital))
         found.append(Concept(f"city in {place.name}", TOKEN, inside))
         found.append(Concept(f"{place.name} or its cities", TOKEN, (*_ids((place.name,)), *inside)))

@@ -5,7 +5,7 @@ Works on a stored folder, read back as it ships. Knows nothing of training.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -51,7 +51,9 @@ def held_out(documents: int) -> Iterator[Batch]:
         yield Corpus(HELD_OUT_SEED + start // _DOCUMENTS).batch(min(_DOCUMENTS, documents - start))
 
 
-def replaced_logits(model: ReplaceableLlama, dictionaries: DictionarySet):
+def replaced_logits(
+    model: ReplaceableLlama, dictionaries: DictionarySet
+) -> Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos vocab"]]:
     """The model with every MLP replaced at every position and no error terms, as a function of tokens."""
     by_layer: dict[int, Dictionary] = dict(dictionaries.by_layer)
 

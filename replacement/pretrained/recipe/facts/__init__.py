@@ -49,6 +49,7 @@ def _split(row: dict[str, str]) -> dict[str, object]:
 
 states: tuple[State, ...] = tuple(State(**_split(row)) for row in rows("states"))  # type: ignore[arg-type]
 countries: tuple[Country, ...] = tuple(Country(**_split(row)) for row in rows("countries"))  # type: ignore[arg-type]
+places: tuple[State | Country, ...] = (*states, *countries)
 relations: dict[str, tuple[str, ...]] = {"state": State._fields[1:-1], "country": Country._fields[1:-1]}
 """Attributes that sentences speak of, by kind of place: names of fields of `State` and `Country`."""
 
