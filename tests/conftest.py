@@ -12,7 +12,7 @@ from replacement import ReplacementModel
 from replacement.dictionary import DictionarySet
 from replacement.loading import load_bridge
 from replacement.neurons import neurons
-from tests.tiny import FAMILIES, random_set, save_tiny_model
+from tests.tiny import random_set, save_tiny_model
 
 torch.set_num_threads(1)
 

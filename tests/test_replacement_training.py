@@ -284,3 +284,42 @@ def test_end_to_end_training_brings_the_replaced_model_to_the_original() -> None
     before = divergence()
     train_end_to_end(model, layers, batch, config=EndToEndConfig(steps=150, learning_rate=5e-3), show_progress=False)
     assert divergence() < before / 2
+
+
+def test_a_stage_can_widen_one_layer_and_leave_the_others() -> None:
+    """Only the listed layers move; widening ends their floor and changes k."""
+    model = ToyModel()
+    config = toy_config(tokens=64 * 10, k=2, floor=0.3)
+    layers = train(ToyModelSource(model), config=config, show_progress=False)
+    before = {name: tensor.detach().clone() for name, tensor in layers.named_parameters()}
+
+    def batch(index: int) -> TokenBatch:
+        drawn = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(index))
+        return TokenBatch(drawn, drawn > 6)
+
+    stage = EndToEndConfig(steps=3, layers=(1,), widen=0.2, k=5, input_noise=0.1)
+    train_end_to_end(model, layers, batch, config=stage, show_progress=False)
+    moved = {name for name, tensor in layers.named_parameters() if not torch.equal(tensor, before[name])}
+    assert moved and all(name.startswith("1.") for name in moved)
+    assert (layers[0].floor, layers[0].k, layers[1].floor, layers[1].k) == (0.3, 2, 0.0, 5)
+
+
+def test_a_resumed_end_to_end_stage_equals_an_unbroken_one(tmp_path) -> None:
+    model = ToyModel()
+
+    def batch(index: int) -> TokenBatch:
+        drawn = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(index))
+        return TokenBatch(drawn, drawn > 6)
+
+    stage = EndToEndConfig(steps=8, widen=0.1, input_noise=0.1)
+    ends = []
+    for breaks in ((), (3,)):
+        layers = train(ToyModelSource(model), config=toy_config(tokens=64 * 5, k=2), show_progress=False)
+        path = tmp_path / f"{len(breaks)}.safetensors"
+        for stop in (*breaks, None):
+            train_end_to_end(model, layers, batch, config=stage, checkpoint=path, stop_after=stop, show_progress=False)
+            if stop is not None:
+                layers = train(ToyModelSource(model), config=toy_config(tokens=64 * 5, k=2), show_progress=False)
+        ends.append({name: tensor.clone() for name, tensor in layers.state_dict().items()})
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name

@@ -103,6 +103,14 @@ class EndToEndConfig:
     """Weight of AuxK, as in the reconstruction stage."""
     threshold_memory: float = 0.98
     """Share of the old threshold that stays at a step."""
+    layers: tuple[int, ...] = ()
+    """Layers that learn in this stage; () for all."""
+    widen: float = 0.0
+    """Added to the encoder biases of those layers at the start, in scaled units; above 0 it also ends their floor."""
+    k: int | None = None
+    """New k of those layers; None to keep theirs."""
+    input_noise: float = 0.0
+    """Standard deviation of noise on the scaled inputs of those layers: makes features fire for the unfamiliar too."""
     seed: int = 1
     """Seed of sampling."""
 
@@ -110,4 +118,9 @@ class EndToEndConfig:
         if self.steps < 0 or self.documents < 1:
             raise InputError(
                 f"EndToEndConfig(steps={self.steps}, documents={self.documents}): needs steps >= 0 and documents >= 1"
+            )
+        if self.widen < 0 or self.input_noise < 0 or (self.k is not None and self.k < 1):
+            raise InputError(
+                f"EndToEndConfig(widen={self.widen}, input_noise={self.input_noise}, k={self.k}): "
+                "needs widen and input_noise >= 0 and k >= 1"
             )

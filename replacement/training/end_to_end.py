@@ -65,6 +65,11 @@ def train_end_to_end(
 
     batch: documents by number; step n uses batch n. checkpoint, checkpoint_every, stop_after: as in `train`.
     """
+    chosen = config.layers or tuple(range(len(layers)))
+    for index, layer in enumerate(layers):
+        layer.requires_grad_(index in chosen)
+        if index in chosen:
+            cast(TrainedLayer, layer).reopen(widen=config.widen, k=config.k)
     optimizer = torch.optim.Adam(layers.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
     done = 0
     if checkpoint is not None and checkpoint.exists():
@@ -98,6 +103,8 @@ def _losses(
     def mlp(index: int, x: Tensor) -> Tensor:
         layer = cast(TrainedLayer, layers[index])
         scaled = x.reshape(-1, x.shape[-1]) * layer.input_scale
+        if config.input_noise and layer.W_enc.requires_grad:
+            scaled = scaled + config.input_noise * torch.randn(scaled.shape, generator=generator)
         result = layer(scaled, generator=generator, memory=config.threshold_memory)
         error = activations.outputs[index].unsqueeze(1) * layer.output_scale - result.outputs
         rest.append(config.reconstruction_weight * error.pow(2).mean())

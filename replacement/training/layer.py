@@ -114,6 +114,15 @@ class TrainedLayer(nn.Module):
         return (error[rows].detach() - rebuilt).pow(2).mean()
 
     @torch.no_grad()
+    def reopen(self, *, widen: float, k: int | None) -> None:
+        """Let features fire more widely from here on: shift their biases by `widen` (ending the floor) and change k."""
+        self.k = k or self.k
+        if widen:
+            self.b_enc.add_(widen)
+            self.floor = 0.0
+            self.threshold.zero_()
+
+    @torch.no_grad()
     def _threshold_for_k(self, x: Float[Tensor, "tokens d_in"], norms: Float[Tensor, " n_features"]) -> Tensor:
         """The threshold on `a |d|` that k features a token pass on average, of those above their floor."""
         pre = F.linear(x, self.W_enc, self.b_enc)

@@ -162,7 +162,7 @@ def _mixture(found: Profile, feature: int) -> str:
     label = ""
     for index in table.argsort(descending=True)[:6].tolist():
         longer = f"{label}, {shown[index]}" if label else prefix + shown[index]
-        if table[index] <= 0.02 * table.sum():
+        if label and table[index] <= 0.02 * table.sum():
             return label
         if len(longer) > LONGEST - 3:
             break
