@@ -50,6 +50,8 @@ def intervene(
     """
     if freeze not in FREEZES:
         raise InputError(f"intervene(freeze={freeze!r}): needs one of {', '.join(FREEZES)}")
+    if freeze == "attention":
+        model.require_frozen_patterns("intervene(freeze='attention')")
     tokens = model.tokenize(prompt)
     made = [_check(model, one, len(tokens)) for one in interventions]
     checked = list({one[:3]: one for one in made}.values())

@@ -6,6 +6,7 @@ This is what users import. It owns a TransformerBridge and a DictionarySet; it k
 from __future__ import annotations
 
 import difflib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,22 @@ class ReplacementModel:
                 f"engine 'autograd': the reference needs a model in float32 or float64, {self.name} is in "
                 f"{str(self.dtype).removeprefix('torch.')}; load it with dtype='float32'"
             )
-        return LinearEngine(local) if name == "linear" else AutogradEngine(local, self.bridge)
+        if name == "linear":
+            return LinearEngine(local)
+        self.require_frozen_patterns("engine 'autograd'")
+        return AutogradEngine(local, self.bridge)
+
+    def require_frozen_patterns(self, what: str) -> None:
+        """Raise InputError, `what` first, where the bridge takes no edits of this model's attention patterns."""
+        if not self._patterns_take_edits:
+            raise InputError(
+                f"{what}: needs attention patterns that can be held, and the bridge's hook_pattern has no effect in "
+                f"{self.name}; use the linear engine, or freeze='everything'"
+            )
+
+    @cached_property
+    def _patterns_take_edits(self) -> bool:
+        return sites.patterns_take_edits(self.bridge)
 
     def _check(self, dictionary: Dictionary) -> None:
         """Raise InputError unless the dictionary's layer, sites and widths fit the model."""

@@ -220,6 +220,29 @@ def freeze_hooks(forward_pass: ForwardPass, *, norms: bool) -> list[Hook]:
     return hooks
 
 
+def patterns_take_edits(bridge: Any) -> bool:
+    """Whether editing `attn.hook_pattern` changes what every block's attention writes (not so for GPT-Neo's).
+
+    Runs two tokens with each pattern doubled, which doubles what attention moves, and looks at attention's output.
+    """
+    tokens = torch.tensor([0, 1], device=next(bridge.parameters()).device)
+    names = [hook_name(layer, "attn.hook_out") for layer in range(len(bridge.blocks))]
+    outputs: list[dict[str, Tensor]] = [{}, {}]
+
+    def keep(into: dict[str, Tensor], name: str) -> Callable[..., None]:
+        def hook(tensor: Tensor, hook: object) -> None:
+            into[name] = tensor.detach().clone()
+
+        return hook
+
+    with torch.no_grad():
+        hooked(bridge, tokens, [(name, keep(outputs[0], name)) for name in names])
+        for layer, name in enumerate(names):  # one at a time: an edit below would change every output above
+            double = (hook_name(layer, "attn.hook_pattern"), lambda tensor, hook: 2 * tensor)
+            hooked(bridge, tokens, [double, (name, keep(outputs[1], name))])
+    return all(not torch.equal(outputs[0][name], outputs[1][name]) for name in names)
+
+
 def hooked(bridge: Any, tokens: Int[Tensor, " pos"], hooks: list[Hook]) -> Float[Tensor, "pos vocab"]:
     """The logits of one prompt with hooks in place."""
     with warnings.catch_warnings():  # the bridge warns that edited norms round differently; that is meant here

@@ -269,3 +269,24 @@ def test_bad_interventions_are_refused_in_one_line(model, one, message):
         intervene(model, PROMPT, [one])
     with pytest.raises(InputError, match="needs one of nothing, attention, everything"):
         intervene(model, PROMPT, [], freeze="all")
+
+
+def test_attention_that_cannot_be_held_is_refused(tiny_folder, tmp_path):
+    """GPT-Neo's attention ignores edits of its pattern hook: freezing it would freeze nothing, in silence."""
+    import shutil
+
+    from transformers import AutoModelForCausalLM, GPTNeoConfig
+
+    folder = shutil.copytree(tiny_folder("gpt2"), tmp_path / "neo")
+    config = GPTNeoConfig(
+        vocab_size=60, hidden_size=24, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=32,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = ReplacementModel.load(folder, dictionaries="neurons")
+    assert attribute(model, PROMPT).residual < 1e-5
+    with pytest.raises(InputError, match=r"intervene\(freeze='attention'\): needs attention patterns that can be held"):
+        intervene(model, PROMPT, [(0, 1, 1, 0.0)])
+    with pytest.raises(InputError, match="engine 'autograd': needs attention patterns that can be held"):
+        attribute(model, PROMPT, engine="autograd")
+    intervene(model, PROMPT, [(0, 1, 1, 0.0)], freeze="everything")
