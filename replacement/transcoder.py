@@ -5,7 +5,6 @@ Dunefsky et al. 2024 (transcoder), Paulo et al. 2025 (skip transcoder): read an 
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -68,25 +67,3 @@ class Transcoder(LinearEncoder):
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """The approximation of the MLP's output at input x."""
         return self.decode(self.encode(x), self.layer) + self.b_dec + self.skip(x)
-
-
-def random_transcoder(
-    *, layer: int, read: str, write: str, n_features: int, d_model: int, activation: Activation, skip: bool, seed: int
-) -> Transcoder:
-    """A transcoder with random weights: the control that a trained one has to beat, and material for tests."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return Transcoder(
-        layer=layer,
-        read=read,
-        write=write,
-        W_enc=normal(n_features, d_model) / d_model**0.5,
-        b_enc=0.1 * normal(n_features),
-        W_dec=normal(n_features, d_model) / n_features**0.5,
-        b_dec=0.1 * normal(d_model),
-        activation=activation,
-        W_skip=0.3 * normal(d_model, d_model) / d_model**0.5 if skip else None,
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,8 +155,3 @@ def test_interventions_agree(name, freeze):
         steering = [(one["layer"], one["pos"], one["feature"], one["value"])]
         logits = intervene(model, record["prompt"], steering, freeze=freeze)
         assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max() + 1e-5
-
-
-def test_fixture_folder_is_where_it_is_said_to_be():
-    assert all((SHARED / "fixtures" / name / "graph.safetensors").is_file() for name in NAMES)
-    assert Path(SHARED / "fixtures" / "models").is_dir()

@@ -8,7 +8,7 @@ import torch
 from replacement.activation import JumpReLU
 from replacement.errors import InputError
 from replacement.evaluation import ReconstructionMeter, ReplacementMeter, evaluate_reconstruction, evaluate_replacement
-from replacement.transcoder import random_transcoder
+from tests.tiny import random_transcoder
 
 
 def transcoder(layer: int = 0, *, skip: bool = False):

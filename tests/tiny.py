@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -21,7 +22,7 @@ from transformers import (
 from replacement.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from replacement.cross_layer import CrossLayerTranscoder
 from replacement.dictionary import Dictionary, DictionarySet
-from replacement.transcoder import random_transcoder
+from replacement.transcoder import Transcoder
 
 VOCABULARY = 60
 CONTEXT = 32
@@ -85,6 +86,28 @@ def activation(name: str, n_features: int, seed: int) -> Activation:
         "batchtopk": BatchTopK(threshold.mean(), 7),
     }
     return made[name]
+
+
+def random_transcoder(
+    *, layer: int, read: str, write: str, n_features: int, d_model: int, activation: Activation, skip: bool, seed: int
+) -> Transcoder:
+    """A transcoder with random weights."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return Transcoder(
+        layer=layer,
+        read=read,
+        write=write,
+        W_enc=normal(n_features, d_model) / d_model**0.5,
+        b_enc=0.1 * normal(n_features),
+        W_dec=normal(n_features, d_model) / n_features**0.5,
+        b_dec=0.1 * normal(d_model),
+        activation=activation,
+        W_skip=0.3 * normal(d_model, d_model) / d_model**0.5 if skip else None,
+    )
 
 
 def random_set(family: str, kind: str, activation_name: str, cfg: Any, n_features: int = 30) -> DictionarySet:

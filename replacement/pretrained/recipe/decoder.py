@@ -7,7 +7,7 @@ backwards than the library's. Knows the network, and nothing of data, losses or 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -191,8 +191,3 @@ def llama_weights(decoder: Decoder) -> dict[str, Tensor]:
         }
         weights |= {f"model.layers.{layer}.{name}.weight": value for name, value in parts.items()}
     return {name: value.detach().clone().contiguous() for name, value in weights.items()}
-
-
-def shape_record(shape: Shape) -> dict[str, int | float]:
-    """The sizes as plain numbers, for a checkpoint."""
-    return asdict(shape)
