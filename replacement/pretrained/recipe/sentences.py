@@ -42,7 +42,7 @@ COPIED = facts.nonsense * 3 + sum((facts.words[name] for name in ("names", "obje
 COPIED += CITIES["state"] + CITIES["country"]
 WEIGHTED_RELATIONS = {
     "state": ("capital",) * 3 + ("abbreviation", "nickname", "bird") * 2 + ("flower", "region"),
-    "country": ("capital", "capital", "currency", "language", "continent"),
+    "country": ("capital", "capital", "currency", "language", "language", "continent"),
 }
 """How often a two-hop question asks for each relation."""
 LARGEST = 99
@@ -65,8 +65,8 @@ class Sentences:
             "antonym across languages": (self.antonym_across, 4),
             "agreement": (self.agreement, 6),
             "indirect object": (self.indirect_object, 6),
-            "induction": (self.induction, 11),
-            "comparison": (self.comparison, 5),
+            "induction": (self.induction, 16),
+            "comparison": (self.comparison, 6),
             "greater than": (self.greater_than, 4),
             "sum": (self.sum, 9),
             "succession": (self.succession, 5),
@@ -222,24 +222,27 @@ class Sentences:
         gaps = {"p": self.pick(facts.words["places"]), "o": self.pick(facts.words["objects"])}
         return self.pick(forms.INDIRECT_OBJECT).format(a=a, b=b, s=giver, i=receiver, **gaps)
 
-    def induction(self, *, once: bool = False) -> str:
-        """A random sequence that starts again, or facts of persons that are asked again.
+    def induction(self) -> str:
+        """A random sequence that starts again, or a fact of a person that is asked again."""
+        return self.sequence_again() if self.uniform() < 0.55 else self.told_again()
 
-        Training also asks again about everyone, which gives more to learn from. The task table asks `once`, about one
-        person: the last of several could be found by elimination, without knowing whose fact is whose.
+    def told_again(self) -> str:
+        """Facts of two or three persons, and one of them asked again.
+
+        Only one is asked: the last of several could be found by elimination, without knowing whose fact is whose, and
+        a model that can eliminate learns the rest late or never.
         """
-        if self.uniform() < (0.55 if once else 0.5):
-            return self._sequence()
-        count = 2 if self.uniform() < (0.6 if once else 0.5) else 3
+        count = 2 if self.uniform() < 0.6 else 3
         people = self.generator.sample(facts.words["names"], count)
         coded = self.uniform() < 0.5
         things = self.generator.sample(facts.nonsense if coded else facts.words["objects"], count)
         told, asked = forms.TOLD_AND_ASKED[coded]
-        again = self.generator.sample(range(count), 1 if once or self.uniform() < 0.5 else count)
         said = [told.format(n=person, w=thing) for person, thing in zip(people, things, strict=True)]
-        return " ".join(said + [asked.format(n=people[i], w=things[i]) for i in again])
+        again = int(self.uniform() * count)
+        return " ".join([*said, asked.format(n=people[again], w=things[again])])
 
-    def _sequence(self) -> str:
+    def sequence_again(self) -> str:
+        """Random words in a row, and again from somewhere in it."""
         length = 3 + int(self.uniform() * 6)
         between = int(self.uniform() * 4) if self.uniform() < 0.5 else 0
         drawn = self.generator.sample(facts.nonsense, length + between)

@@ -107,7 +107,7 @@ def _word_sentences(draw: Sentences) -> dict[str, list[str]]:
         "antonym_across": draw.antonym_across,
         "antonym_across_held_out": lambda: draw.antonym_across(held_out=True),
         "indirect_object": draw.indirect_object,
-        "induction": lambda: draw.induction(once=True),
+        "induction": draw.induction,
         "comparison_held_out": lambda: draw.comparison(held_out=True),
         "sum": draw.sum,
         "sum_held_out": lambda: draw.sum(held_out=True),
@@ -116,6 +116,8 @@ def _word_sentences(draw: Sentences) -> dict[str, list[str]]:
         "agreement_english": lambda: draw.agreement("English"),
         "agreement_french": lambda: draw.agreement("French"),
         "agreement_spanish": lambda: draw.agreement("Spanish"),
+        "induction_told": draw.told_again,
+        "induction_sequence": draw.sequence_again,
     }
     return table | {name: [make() for _ in range(QUESTIONS)] for name, make in many.items()}
 
