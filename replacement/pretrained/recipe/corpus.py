@@ -39,10 +39,10 @@ def marked_ids() -> dict[str, int]:
 
 
 class Corpus:
-    """An endless stream of documents; the same `seed` gives the same stream."""
+    """An endless stream of documents; the same `seed` gives the same stream. copying: as of `Sentences`."""
 
-    def __init__(self, seed: int) -> None:
-        self.sentences = Sentences(seed)
+    def __init__(self, seed: int, *, copying: int = 1) -> None:
+        self.sentences = Sentences(seed, copying=copying)
 
     def batch(self, documents: int, length: int = DOCUMENT_LENGTH) -> Batch:
         """The next `documents` documents of `length` + 1 tokens."""

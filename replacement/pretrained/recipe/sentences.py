@@ -50,9 +50,12 @@ LARGEST = 99
 
 
 class Sentences:
-    """A stream of random sentences; the same `seed` gives the same stream."""
+    """A stream of random sentences; the same `seed` gives the same stream.
 
-    def __init__(self, seed: int) -> None:
+    copying: how much more often than usual the task is induction.
+    """
+
+    def __init__(self, seed: int, *, copying: int = 1) -> None:
         self.generator = random.Random(seed)
         self.uniform = self.generator.random
         self.tasks: dict[str, tuple[Callable[[], str], int]] = {
@@ -65,7 +68,7 @@ class Sentences:
             "antonym across languages": (self.antonym_across, 4),
             "agreement": (self.agreement, 6),
             "indirect object": (self.indirect_object, 6),
-            "induction": (self.induction, 16),
+            "induction": (self.induction, 16 * copying),
             "comparison": (self.comparison, 6),
             "greater than": (self.greater_than, 4),
             "sum": (self.sum, 9),

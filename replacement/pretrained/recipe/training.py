@@ -49,6 +49,11 @@ class Schedule:
     """Weight of the auxiliary loss; see `place_loss`."""
     place_layer: int = 1
     """Block after which the auxiliary loss reads."""
+    copying: tuple[int, int] = (3000, 4000)
+    """First step, and first step after, of a stretch with three times as many induction sentences.
+
+    Whose fact is whose is learned suddenly or not at all, and only where such sentences are frequent for a while.
+    """
     compiled: bool = True
     """Whether torch.compile is used (it needs a C++ compiler)."""
 
@@ -130,7 +135,9 @@ class Run:
 
     def batch(self) -> Batch:
         """The documents of the present step."""
-        return Corpus(1_000_003 * (self.schedule.seed + 1) + self.step).batch(self.schedule.documents)
+        first, end = self.schedule.copying
+        copying = 3 if first <= self.step < end else 1
+        return Corpus(1_000_003 * (self.schedule.seed + 1) + self.step, copying=copying).batch(self.schedule.documents)
 
     def update(self) -> tuple[float, float]:
         """One step; returns the mean loss on answers and on other tokens."""
