@@ -1,6 +1,7 @@
 """Cross-layer transcoders: read one MLP's input, write to the outputs of that MLP and all later ones.
 
-Lindsey et al. 2024, Ameisen et al. 2025. One object is the part of the CLT that reads one layer. Inference only.
+Lindsey et al. 2024, Ameisen et al. 2025. One object is the part of the CLT that reads one layer. A weakly causal
+crosscoder is the same shape on one site, say the residual stream. Inference only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from replacement.errors import InputError
 class CrossLayerTranscoder(LinearEncoder):
     """`a = act(x_l W_enc^T + b_enc)`; adds `a W_dec[:, j]` at layer `l + j`, and `b_dec` once at layer l."""
 
-    kind = "cross_layer_transcoder"
+    KINDS = ("cross_layer_transcoder", "causal_crosscoder")
     W_dec: nn.Parameter  # [n_features, n_writes, d_out], slot j writes at layer + j
     b_dec: nn.Parameter  # [d_out]
     W_skip = None
@@ -35,6 +36,7 @@ class CrossLayerTranscoder(LinearEncoder):
     ) -> None:
         super().__init__()
         self.layer, self.read, self.write = layer, read, write
+        self.kind = "causal_crosscoder" if read == write else "cross_layer_transcoder"
         self.n_features, self.d_in = W_enc.shape
         if W_dec.ndim != 3 or W_dec.shape[0] != self.n_features or b_enc.shape != (self.n_features,):
             raise InputError(

@@ -1,6 +1,7 @@
-"""Per-layer transcoders, with or without a skip connection.
+"""Dictionaries that read one site of a layer and write one: transcoders, skip transcoders, sparse autoencoders.
 
-Dunefsky et al. 2024 (transcoder), Paulo et al. 2025 (skip transcoder): read an MLP's input, write its output.
+Dunefsky et al. 2024 (transcoder) and Paulo et al. 2025 (skip transcoder) read an MLP's input and write its output; a
+sparse autoencoder (Bricken et al. 2023) writes where it reads.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from replacement.errors import InputError
 
 
 class Transcoder(LinearEncoder):
-    """`y = act(x W_enc^T + b_enc) W_dec + b_dec (+ x W_skip^T)`, one feature per row of `W_enc` and `W_dec`."""
+    """`y = act(x W_enc^T + b_enc) W_dec + b_dec (+ x W_skip^T)`, one feature per row of `W_enc` and `W_dec`.
 
-    kind = "transcoder"
+    Its kind is "sae" where it writes what it reads, else "skip_transcoder" or "transcoder".
+    """
+
+    KINDS = ("transcoder", "skip_transcoder", "sae")
     W_dec: nn.Parameter  # [n_features, d_out]
     b_dec: nn.Parameter  # [d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
@@ -36,6 +40,7 @@ class Transcoder(LinearEncoder):
     ) -> None:
         super().__init__()
         self.layer, self.read, self.write, self.write_layers = layer, read, write, (layer,)
+        self.kind = "sae" if read == write else "transcoder" if W_skip is None else "skip_transcoder"
         self.n_features, self.d_in = W_enc.shape
         self.d_out = W_dec.shape[1]
         expected = {
@@ -65,5 +70,5 @@ class Transcoder(LinearEncoder):
         return activations @ self.W_dec
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-        """The approximation of the MLP's output at input x."""
+        """The approximation of what stands at the written site, at input x."""
         return self.decode(self.encode(x), self.layer) + self.b_dec + self.skip(x)

@@ -150,7 +150,7 @@ DAMAGE = {
     "another version": (lambda f: _edit_config(f, lambda c: c.update(version=9)), r"version 9, this release reads 1"),
     "an unknown kind": (
         lambda f: _edit_config(f, lambda c: c["dictionaries"][0].update(kind="magic")),
-        r"kind 'magic' is not known; known: transcoder, cross_layer_transcoder",
+        r"kind 'magic' is not known; known: transcoder, skip_transcoder, sae",
     ),
     "an unknown activation": (
         lambda f: _edit_config(f, lambda c: c["dictionaries"][0].update(activation={"name": "swish"})),

@@ -1,9 +1,8 @@
-"""Laws of the transcoder trainer: the sparse kernels equal dense ones, runs resume exactly, scales fold in, training
-works.
-"""
+"""Laws of the trainer: runs resume exactly, scales fold in, training explains MLPs and keeps the replaced model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -11,28 +10,40 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
+from replacement.substitution import Substitution
 from replacement.training import (
     Activations,
     EndToEndConfig,
     TokenBatch,
-    TrainedLayer,
+    Trainee,
     TrainingConfig,
+    plans,
     train,
     train_end_to_end,
 )
 from replacement.training.clusters import cluster_detectors
+from replacement.training.kinds import MLP_IN, MLP_OUT, hook
 from replacement.training.reconstruction import learning_rate_factor
-from replacement.training.source import ShuffledBlocks
-from replacement.training.sparse import decode_active, preselect, select
+from replacement.training.source import Position, Stream
 
 D_MODEL, N_LAYERS = 16, 2
+
+
+def by_hook(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Activations:
+    """Inputs and outputs of MLPs, layer by layer, under their hooks."""
+    named = (
+        (hook(i, site), t) for i, pair in enumerate(pairs) for site, t in zip((MLP_IN, MLP_OUT), pair, strict=True)
+    )
+    return dict(named)
 
 
 class ToyMLPs:
     """Two fixed random MLPs on clustered inputs, as a source of activations."""
 
     tokens = 96
+    sites = tuple(hook(layer, site) for layer in range(N_LAYERS) for site in (MLP_IN, MLP_OUT))
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -47,7 +58,7 @@ class ToyMLPs:
         generator = torch.Generator().manual_seed(100 + index)
         which = torch.randint(20, (N_LAYERS, self.tokens), generator=generator)
         inputs = self.centres[which] + 0.1 * torch.randn(N_LAYERS, self.tokens, D_MODEL, generator=generator)
-        return Activations(inputs, torch.stack([self.run(layer, inputs[layer]) for layer in range(N_LAYERS)]))
+        return by_hook((x, self.run(layer, x)) for layer, x in enumerate(inputs))
 
 
 def toy_config(**changes: object) -> TrainingConfig:
@@ -56,60 +67,25 @@ def toy_config(**changes: object) -> TrainingConfig:
         "k": 4,
         "tokens": 64 * 60,
         "batch_tokens": 64,
-        "block_batches": 4,
+        "buffer_bytes": 4 * ToyMLPs.tokens * 2 * N_LAYERS * D_MODEL * 4,
         "warmup_steps": 5,
+        "start": "clusters",
         "dead_after": 640,
     }
     return TrainingConfig(**{**settings, **changes})  # type: ignore[arg-type]
 
 
-def dense_prefixes(x, W_enc, b_enc, W_dec, active, prefixes):
-    """The three-line meaning of `decode_active`."""
-    mask = torch.zeros(active.n_tokens, active.n_features, dtype=x.dtype)
-    mask[active.token, active.feature] = 1
-    values = (x @ W_enc.T + b_enc) * mask
-    return torch.stack([values[:, :p] @ W_dec[:p] for p in prefixes], 1)
-
-
-@pytest.mark.parametrize("mkl", [True, False])
-@pytest.mark.parametrize("prefixes", [(24,), (8, 24), (3, 10, 24)])
-def test_sparse_decoding_equals_dense_with_all_gradients(
-    prefixes: tuple[int, ...], mkl: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernels are an optimisation: outputs and every gradient agree with plain matrix products in float64."""
-    if not mkl:
-        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    torch.manual_seed(0)
-    tensors = [torch.randn(*s, dtype=torch.float64) for s in ((11, 5), (24, 5), (24,), (24, 7))]
-    x, W_enc, b_enc, _ = tensors
-    active = select(preselect(x, W_enc, b_enc), 0.7)
-    sides = []
-    for decode in (lambda *a: decode_active(*a)[0], dense_prefixes):
-        leaves = [t.clone().requires_grad_() for t in tensors]
-        out = decode(*leaves, active, prefixes)
-        (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()).sum().backward()
-        sides.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    for fast, plain in zip(*sides, strict=True):
-        torch.testing.assert_close(fast, plain)
-
-
-def test_selection_is_the_comparison_with_the_threshold() -> None:
-    """Comparing bits as integers is the same as comparing positive floats; entries come ordered by token, then
-    feature.
-    """
-    pre = torch.randn(50, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
-    level = torch.tensor(0.8).bfloat16()
-    active = select(pre, 0.8)
-    assert torch.equal(torch.stack([active.token, active.feature], 1), (pre > level).nonzero())
+def trained(source, config: TrainingConfig, **options: object) -> Trainee:
+    return train(source, plans(config, N_LAYERS), config=config, show_progress=False, **options)  # type: ignore[arg-type]
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path) -> None:
     """Stopping and going on changes no bit: batches, samples and learning rates are functions of the step."""
-    config, source = toy_config(skip=True, prefixes=(16,)), ToyMLPs()
-    whole = train(source, config=config, show_progress=False)
+    config, source = toy_config(kind="skip_transcoder", prefixes=(16,)), ToyMLPs()
+    whole = trained(source, config)
     path = tmp_path / "run.safetensors"
-    train(source, config=config, checkpoint=path, checkpoint_every=7, stop_after=23, show_progress=False)
-    resumed = train(source, config=config, checkpoint=path, show_progress=False)
+    trained(source, config, checkpoint=path, checkpoint_every=7, stop_after=23)
+    resumed = trained(source, config, checkpoint=path)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert not list(tmp_path.glob("*.part"))
@@ -118,68 +94,99 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path) -> None:
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path) -> None:
     """Going on with other settings would give a run that no config describes."""
     path, source = tmp_path / "run.safetensors", ToyMLPs()
-    train(source, config=toy_config(), checkpoint=path, stop_after=2, show_progress=False)
-    with pytest.raises(InputError, match="made with other settings; delete it to start over"):
-        train(source, config=toy_config(k=5), checkpoint=path, show_progress=False)
+    trained(source, toy_config(), checkpoint=path, stop_after=2)
+    with pytest.raises(InputError, match=r"made with other settings \(k 4 there, 5 here\); delete it to start over"):
+        trained(source, toy_config(k=5), checkpoint=path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="not a whole safetensors file"):
-        train(source, config=toy_config(), checkpoint=path, show_progress=False)
+        trained(source, toy_config(), checkpoint=path)
 
 
-@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
 @pytest.mark.parametrize("prefixes", [(), (16, 32)])
-def test_training_explains_the_mlps_at_the_wanted_sparsity(skip: bool, prefixes: tuple[int, ...]) -> None:
+def test_training_explains_the_mlps_at_the_wanted_sparsity(kind: str, prefixes: tuple[int, ...]) -> None:
     """On clustered toy data FVU falls below 0.2 with at most the configured number of active features."""
     source = ToyMLPs()
-    layers = train(source, config=toy_config(skip=skip, prefixes=prefixes, tokens=64 * 300), show_progress=False)
-    inputs, outputs = source.batch(10_000)
-    for layer, x, y in zip(layers, inputs, outputs, strict=True):
-        transcoder = layer.dictionary(read="mlp.hook_in", write="mlp.hook_out")
+    trainee = trained(source, toy_config(kind=kind, prefixes=prefixes, tokens=64 * 300))
+    batch = source.batch(10_000)
+    for layer, transcoder in enumerate(trainee.dictionaries()):
+        x, y = batch[hook(layer, MLP_IN)], batch[hook(layer, MLP_OUT)]
         fvu = (transcoder(x) - y).square().sum() / (y - y.mean(0)).square().sum()
         assert fvu < 0.2
         assert 1 < (transcoder.encode(x) > 0).sum(1).float().mean() < 5
 
 
+def toy_trainee(**changes: object) -> tuple[Trainee, Activations]:
+    """An untrained trainee on the toy's first batch, its outputs three times as large."""
+    batch = {name: 3 * tensor if name.endswith("out") else tensor for name, tensor in ToyMLPs().batch(0).items()}
+    config = toy_config(**changes)
+    return Trainee(plans(config, N_LAYERS), batch, config), batch
+
+
 def test_scales_are_folded_into_the_weights() -> None:
-    """The exported transcoder on raw activations equals the trained layer on scaled ones, divided by the output
-    scale."""
-    source = ToyMLPs()
-    inputs, outputs = source.batch(0)
-    layer = TrainedLayer(inputs[0], 3 * outputs[0], config=toy_config(skip=True), layer=0, n_layers=1)
-    nn.init.normal_(layer.W_skip)
-    layer.calibrate(inputs[0])
-    scaled = layer(inputs[0] * layer.input_scale, generator=torch.Generator().manual_seed(0), memory=1.0)
-    wanted = scaled.outputs[:, -1] / layer.output_scale
-    got = layer.dictionary(read="mlp.hook_in", write="mlp.hook_out")(inputs[0])
+    """The exported transcoder on raw activations equals the trained one on scaled ones, divided by the output scale."""
+    trainee, batch = toy_trainee(kind="skip_transcoder")
+    coder = next(iter(trainee))
+    assert coder.W_skip is not None
+    nn.init.normal_(coder.W_skip)
+    trainee.calibrate(batch)
+    x = trainee.read(coder, batch)
+    one = coder(x, generator=torch.Generator().manual_seed(0), memory=1.0)
+    out = hook(0, MLP_OUT)
+    wanted = (one.parts[:, -1, 0] + trainee.bias(out) + coder.skip(x)) / trainee.scale_of(out)
+    got = trainee.dictionaries()[0](batch[hook(0, MLP_IN)])
     same = (got - wanted).abs().amax(1) < 1e-4 * wanted.abs().max()
     assert same.float().mean() > 0.9  # the choice in bfloat16 may differ where a pre-activation lies at the threshold
 
 
-def test_dead_features_come_back_through_the_auxiliary_loss() -> None:
-    """AuxK moves only dead features, towards what the live ones missed."""
-    inputs, outputs = ToyMLPs().batch(0)
-    layer = TrainedLayer(inputs[0], outputs[0], config=toy_config(), layer=0, n_layers=1)
-    layer.since_fired[:10] = 1e6
-    layer.aux_loss(inputs[0] * layer.input_scale, outputs[0], torch.Generator().manual_seed(0)).backward()
-    moved = layer.W_dec.grad.abs().sum(1) > 0
-    assert moved[:10].any() and not moved[10:].any()
+@pytest.mark.parametrize("remedy", ["auxk", "ghost", "preactivation"])
+def test_remedies_move_dead_features_only(remedy: str) -> None:
+    """What is added for dead features leaves the living alone."""
+    trainee, batch = toy_trainee(dead=remedy)
+    coder = next(iter(trainee))
+    coder.since_fired[:10] = 1e6
+    x = trainee.read(coder, batch)
+    error = torch.randn(len(x), 1, D_MODEL, generator=torch.Generator().manual_seed(1))
+    coder.dead_loss(x, error, torch.Generator().manual_seed(0)).backward()
+    grads = [p.grad for p in (coder.W_enc, coder.W_dec) if p.grad is not None]
+    for grad in grads:
+        moved = grad.flatten(1).abs().sum(1) > 0
+        assert moved[:10].any() and not moved[10:].any()
+
+
+def test_resampled_features_start_at_tokens_that_are_badly_rebuilt() -> None:
+    """All error lies at one token: dead features take its direction, and their optimiser state is zero."""
+    trainee, batch = toy_trainee(dead="resample")
+    coder = next(iter(trainee))
+    optimizer = torch.optim.Adam(coder.parameters())
+    trainee(batch, generator=torch.Generator(), memory=0.0).reconstruction.backward()
+    optimizer.step()
+    before = coder.W_dec.detach().clone()
+    coder.since_fired[:10] = 1e6
+    x = trainee.read(coder, batch)
+    error = torch.zeros(len(x), 1, D_MODEL)
+    error[5] = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(2))
+    assert coder.resample(x, error, optimizer=optimizer, generator=torch.Generator().manual_seed(0)) == 10
+    torch.testing.assert_close(coder.W_dec[:10, 0].detach(), F.normalize(error[5], dim=1).expand(10, -1))
+    assert torch.equal(coder.W_dec[10:], before[10:])
+    assert not optimizer.state[coder.W_enc]["exp_avg"][:10].any() and optimizer.state[coder.W_enc]["exp_avg"][10:].any()
 
 
 def test_a_floor_keeps_faint_firing_out() -> None:
     """No feature of the exported transcoder fires below the given share of its usual peak."""
     source = ToyMLPs()
-    layers = train(source, config=toy_config(floor=0.4, tokens=64 * 100), show_progress=False)
-    for layer, x in zip(layers, source.batch(500).inputs, strict=True):
-        activations = layer.dictionary(read="mlp.hook_in", write="mlp.hook_out").encode(x)
+    trainee = trained(source, toy_config(floor=0.4, tokens=64 * 100))
+    batch = source.batch(500)
+    for coder, dictionary in zip(trainee, trainee.dictionaries(), strict=True):
+        activations = dictionary.encode(batch[hook(dictionary.layer, MLP_IN)])
         least = torch.where(activations > 0, activations, torch.inf).amin(0)
-        floors = 0.4 * layer.peak * layer.W_dec.detach().norm(dim=1)
-        assert (least >= floors).all()
+        assert (least >= 0.4 * coder.sparsity.peak * coder.norms().detach()).all()
 
 
 def test_features_start_as_detectors_of_clusters() -> None:
     """On data with 20 clusters every cluster has a coarse feature that fires at its tokens and at few others."""
     source = ToyMLPs()
-    inputs, outputs = (torch.cat([source.batch(i)[side][0] for i in range(10)]) for side in (0, 1))
+    inputs, outputs = (torch.cat([source.batch(i)[hook(0, site)] for i in range(10)]) for site in (MLP_IN, MLP_OUT))
     sets = cluster_detectors(inputs, outputs, sizes=[20, 40], generator=torch.Generator().manual_seed(0))
     assert [len(each.W_enc) for each in sets] == [20, 40]
     which = torch.cdist(inputs, source.centres).argmin(1)
@@ -190,16 +197,25 @@ def test_features_start_as_detectors_of_clusters() -> None:
     assert (f1.amax(1) > 0.9).float().mean() > 0.7
 
 
-def test_shuffled_blocks_serve_every_token_once_in_any_order() -> None:
-    """Batch n is a function of n: the second block's tokens come whole, whatever was asked before."""
-    source = ToyMLPs()
-    blocks = ShuffledBlocks(source, block_batches=2, batch_tokens=48, seed=3)
-    served = torch.cat([blocks.batch(i).inputs[0] for i in range(4, 8)])
-    wanted = torch.cat([source.batch(i).inputs[0] for i in (2, 3)])
-    assert torch.equal(served.sort(0).values, wanted.sort(0).values)
-    assert torch.equal(
-        blocks.batch(5).inputs, ShuffledBlocks(source, block_batches=2, batch_tokens=48, seed=3).batch(5).inputs
-    )
+def test_a_stream_serves_every_token_of_a_buffer_once_and_goes_on_anywhere() -> None:
+    """The buffer's tokens come whole and shuffled across its batches; what comes next depends on the position alone."""
+    source, name = ToyMLPs(), hook(0, MLP_IN)
+    size = 2 * ToyMLPs.tokens * 2 * N_LAYERS * D_MODEL * 4
+
+    def stream(position: Position) -> Stream:
+        made = Stream(source, buffer_bytes=size, batch_tokens=48, seed=3)
+        made.position = position
+        return made
+
+    one = stream(Position())
+    assert one.block_batches == 2
+    served = [one.next()[name] for _ in range(8)]
+    wanted = torch.cat([source.batch(i)[name] for i in (2, 3)])
+    assert torch.equal(torch.cat(served[4:]).sort(0).values, wanted.sort(0).values)
+    assert not torch.equal(torch.cat(served[4:]), wanted)
+    assert torch.equal(stream(Position(1, 2)).next()[name], served[6])
+    with pytest.raises(InputError, match="raise buffer_bytes or lower batch_tokens"):
+        Stream(source, buffer_bytes=1, batch_tokens=200, seed=0).next()
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:
@@ -217,6 +233,10 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
         ({"prefixes": (64,)}, "leave n_features itself out"),
         ({"k": 0}, "between 1 and n_features"),
         ({"tokens": 3}, "less than one batch"),
+        ({"kind": "sea"}, "needs one of transcoder"),
+        ({"sparsity": "topk", "floor": 0.1}, "belongs to sparsity='batchtopk'"),
+        ({"layers": (1, 0)}, "ascending layers"),
+        ({"learning_rate": 0.0}, "must be above 0"),
     ],
 )
 def test_contradictory_settings_are_named(changes: dict, words: str) -> None:
@@ -233,26 +253,34 @@ class ToyModel:
         self.embed = torch.randn(12, D_MODEL, generator=generator)
         self.unembed = torch.randn(D_MODEL, 12, generator=generator)
 
-    def replaced(self, tokens, where, mlp):
+    def replaced(self, tokens, where, replacement):
         x = self.embed[tokens]
         for layer in range(N_LAYERS):
-            x = x + mlp(layer, x)
+            replacement.read(hook(layer, MLP_IN), x)
+            y = replacement.write(hook(layer, MLP_OUT))
+            x = x + (self.mlps.run(layer, x) if y is None else y)
         return x[where] @ self.unembed
 
     def original(self, tokens, where):
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        listener = Listener(self.mlps)
+        return self.replaced(tokens, where, listener), by_hook(listener.seen)
 
-        def mlp(layer: int, x: torch.Tensor) -> torch.Tensor:
-            y = self.mlps.run(layer, x)
-            seen.append((x.flatten(0, 1), y.flatten(0, 1)))
-            return y
 
-        logits = self.replaced(tokens, where, mlp)
-        return logits, Activations(*(torch.stack(side) for side in zip(*seen, strict=True)))
+class Listener:
+    """Replaces nothing, and keeps what it hears."""
+
+    def __init__(self, mlps: ToyMLPs) -> None:
+        self.mlps, self.seen = mlps, []
+
+    def read(self, name, x):
+        self.seen.append((x.flatten(0, 1), self.mlps.run(len(self.seen), x).flatten(0, 1)))
+
+    def write(self, name):
+        return None
 
 
 class ToyModelSource:
-    tokens = 64
+    sites = ToyMLPs.sites
 
     def __init__(self, model: ToyModel) -> None:
         self.model = model
@@ -262,17 +290,19 @@ class ToyModelSource:
         return self.model.original(tokens, tokens >= 0)[1]
 
 
-def test_end_to_end_training_brings_the_replaced_model_to_the_original() -> None:
+@pytest.mark.parametrize("bridging", [0.0, 1.0])
+def test_end_to_end_training_brings_the_replaced_model_to_the_original(bridging: float) -> None:
     """KL(original || replaced) falls to less than half of what the reconstruction stage left."""
     model = ToyModel()
-    layers = train(ToyModelSource(model), config=toy_config(tokens=64 * 20, k=2), show_progress=False)
+    config = EndToEndConfig(steps=150, learning_rate=5e-3, bridging_weight=bridging)
+    trainee = trained(ToyModelSource(model), toy_config(tokens=64 * 20, k=2))
     tokens = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(77))
 
     def divergence() -> float:
-        transcoders = [layer.dictionary(read="mlp.hook_in", write="mlp.hook_out") for layer in layers]
+        found = DictionarySet({d.layer: d for d in trainee.dictionaries()}, "toy")
         with torch.no_grad():
             got, wanted = (
-                model.replaced(tokens, tokens >= 0, lambda layer, x: transcoders[layer](x)),
+                model.replaced(tokens, tokens >= 0, Substitution(found)),
                 model.original(tokens, tokens >= 0)[0],
             )
         return F.kl_div(got.log_softmax(-1), wanted.log_softmax(-1), log_target=True, reduction="batchmean").item()
@@ -282,7 +312,7 @@ def test_end_to_end_training_brings_the_replaced_model_to_the_original() -> None
         return TokenBatch(drawn, drawn > 6)
 
     before = divergence()
-    train_end_to_end(model, layers, batch, config=EndToEndConfig(steps=150, learning_rate=5e-3), show_progress=False)
+    train_end_to_end(model, trainee, batch, config=config, show_progress=False)
     assert divergence() < before / 2
 
 
@@ -290,18 +320,18 @@ def test_a_stage_can_widen_one_layer_and_leave_the_others() -> None:
     """Only the listed layers move; widening ends their floor and changes k."""
     model = ToyModel()
     config = toy_config(tokens=64 * 10, k=2, floor=0.3)
-    layers = train(ToyModelSource(model), config=config, show_progress=False)
-    before = {name: tensor.detach().clone() for name, tensor in layers.named_parameters()}
+    trainee = trained(ToyModelSource(model), config)
+    before = {name: tensor.detach().clone() for name, tensor in trainee.named_parameters()}
 
     def batch(index: int) -> TokenBatch:
         drawn = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(index))
         return TokenBatch(drawn, drawn > 6)
 
     stage = EndToEndConfig(steps=3, layers=(1,), widen=0.2, k=5, input_noise=0.1)
-    train_end_to_end(model, layers, batch, config=stage, show_progress=False)
-    moved = {name for name, tensor in layers.named_parameters() if not torch.equal(tensor, before[name])}
-    assert moved and all(name.startswith("1.") for name in moved)
-    assert (layers[0].floor, layers[0].k, layers[1].floor, layers[1].k) == (0.3, 2, 0.0, 5)
+    train_end_to_end(model, trainee, batch, config=stage, show_progress=False)
+    moved = {name for name, tensor in trainee.named_parameters() if not torch.equal(tensor, before[name])}
+    assert moved and all(name.startswith(("coders.1.", "b_dec.1")) for name in moved)
+    assert [(coder.sparsity.floor, coder.sparsity.k) for coder in trainee] == [(0.3, 2), (0.0, 5)]
 
 
 def test_a_resumed_end_to_end_stage_equals_an_unbroken_one(tmp_path) -> None:
@@ -314,12 +344,12 @@ def test_a_resumed_end_to_end_stage_equals_an_unbroken_one(tmp_path) -> None:
     stage = EndToEndConfig(steps=8, widen=0.1, input_noise=0.1)
     ends = []
     for breaks in ((), (3,)):
-        layers = train(ToyModelSource(model), config=toy_config(tokens=64 * 5, k=2), show_progress=False)
+        trainee = trained(ToyModelSource(model), toy_config(tokens=64 * 5, k=2))
         path = tmp_path / f"{len(breaks)}.safetensors"
         for stop in (*breaks, None):
-            train_end_to_end(model, layers, batch, config=stage, checkpoint=path, stop_after=stop, show_progress=False)
+            train_end_to_end(model, trainee, batch, config=stage, checkpoint=path, stop_after=stop, show_progress=False)
             if stop is not None:
-                layers = train(ToyModelSource(model), config=toy_config(tokens=64 * 5, k=2), show_progress=False)
-        ends.append({name: tensor.clone() for name, tensor in layers.state_dict().items()})
+                trainee = trained(ToyModelSource(model), toy_config(tokens=64 * 5, k=2))
+        ends.append({name: tensor.clone() for name, tensor in trainee.state_dict().items()})
     for name, tensor in ends[0].items():
         assert torch.equal(tensor, ends[1][name]), name

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from replacement.activation import JumpReLU, build_activation
 from replacement.cross_layer import CrossLayerTranscoder
+from replacement.crosscoder import Crosscoder
 from replacement.dictionary import Dictionary, DictionarySet, LinearEncoder
 from replacement.errors import InputError
 from replacement.formats.tensors import read_tensors, require_known, take
@@ -29,7 +30,10 @@ VERSION = 1
 EXPECTS = "config.json that says circuits-dictionaries"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
-_DECODER_AXES = {Transcoder.kind: 2, CrossLayerTranscoder.kind: 3}
+_CLASS_OF: dict[str, type[LinearEncoder]] = {
+    kind: of for of in (Transcoder, CrossLayerTranscoder) for kind in of.KINDS
+} | {Crosscoder.kind: Crosscoder}
+_DECODER_AXES = {Transcoder: 2, CrossLayerTranscoder: 3, Crosscoder: 3}
 
 
 def recognises(folder: Path) -> bool:
@@ -57,23 +61,22 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for dictionary in dictionaries:
-        if not isinstance(dictionary, LinearEncoder) or dictionary.kind not in _DECODER_AXES:
+        if not isinstance(dictionary, LinearEncoder) or dictionary.kind not in _CLASS_OF:
             raise InputError(
-                f"save: dictionaries of kind {dictionary.kind!r} are not stored; known: {', '.join(_DECODER_AXES)}"
+                f"save: dictionaries of kind {dictionary.kind!r} are not stored; known: {', '.join(_CLASS_OF)}"
             )
         name = f"layer_{dictionary.layer}.safetensors"
         write_whole(folder / name, safetensors_bytes(_stored(dictionary, getattr(torch, dtype))))
-        entries.append(
-            {
-                "file": name,
-                "kind": dictionary.kind,
-                "layer": dictionary.layer,
-                "read": dictionary.read,
-                "write": dictionary.write,
-                "n_features": dictionary.n_features,
-                "activation": dictionary.activation.settings(),
-            }
-        )
+        entry = {
+            "file": name,
+            "kind": dictionary.kind,
+            "layer": dictionary.layer,
+            "read": dictionary.read,
+            "write": dictionary.write,
+            "n_features": dictionary.n_features,
+            "activation": dictionary.activation.settings(),
+        }
+        entries.append(entry | ({"parts": dictionary.parts} if isinstance(dictionary, Crosscoder) else {}))
     labels = {
         str(layer): {str(feature): words for feature, words in sorted(of_layer.items())}
         for layer, of_layer in sorted(dictionaries.labels.items())
@@ -118,21 +121,27 @@ def _load_one(folder: Path, config_path: Path, entry: Any) -> Dictionary:
     typed = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in fields.items())
     if not typed or isinstance(entry["layer"], bool):
         raise InputError(f"{config_path}: an entry of `dictionaries` lacks one of {', '.join(fields)}")
-    if entry["kind"] not in _DECODER_AXES:
-        raise InputError(f"{config_path}: kind {entry['kind']!r} is not known; known: {', '.join(_DECODER_AXES)}")
+    if entry["kind"] not in _CLASS_OF:
+        raise InputError(f"{config_path}: kind {entry['kind']!r} is not known; known: {', '.join(_CLASS_OF)}")
     if Path(entry["file"]).name != entry["file"] or not entry["file"].isprintable():
         raise InputError(f"{config_path}: file {entry['file']!r} must lie in the folder itself")
     path = folder / entry["file"]
     tensors = read_tensors(path)
-    is_cross_layer = entry["kind"] == CrossLayerTranscoder.kind
-    require_known(tensors, [*TENSORS[: -1 if is_cross_layer else None], "threshold"], path)
-    arguments: dict[str, Any] = {key: entry[key] for key in ("layer", "read", "write")}
-    arguments |= {name: take(tensors, name, ndim, path) for name, ndim in (("W_enc", 2), ("b_enc", 1), ("b_dec", 1))}
-    arguments["W_dec"] = take(tensors, "W_dec", _DECODER_AXES[entry["kind"]], path)
+    of = _CLASS_OF[entry["kind"]]
+    require_known(tensors, [*TENSORS[: None if of is Transcoder else -1], "threshold"], path)
+    bias_axes = 2 if of is Crosscoder else 1
+    axes = {"W_enc": 2, "b_enc": 1, "W_dec": _DECODER_AXES[of], "b_dec": bias_axes}
+    arguments: dict[str, Any] = {name: take(tensors, name, ndim, path) for name, ndim in axes.items()}
     arguments["activation"] = build_activation(entry["activation"], tensors.get("threshold"))
-    if is_cross_layer:
-        return CrossLayerTranscoder(**arguments)
-    return Transcoder(W_skip=tensors.get("W_skip"), **arguments)
+    if of is Crosscoder:
+        parts = entry.get("parts")
+        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+            raise InputError(f"{config_path}: a crosscoder needs `parts`, a list of hooks")
+        return Crosscoder(parts=tuple(parts), site=entry["read"], **arguments)
+    arguments |= {key: entry[key] for key in ("layer", "read", "write")}
+    if of is Transcoder:
+        arguments["W_skip"] = tensors.get("W_skip")
+    return of(**arguments)
 
 
 def _stored(dictionary: Dictionary, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -5,53 +5,111 @@ Says what the numbers mean and which contradict each other; runs nothing.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from replacement.errors import InputError
 
+KINDS = ("transcoder", "skip_transcoder", "sae", "clt", "crosscoder", "causal_crosscoder")
+"""What is read and written; `replacement.training.kinds` holds the meaning."""
+SPARSITIES = ("batchtopk", "topk", "relu", "jumprelu", "gated")
+"""How features are kept few; `replacement.training.sparsity` holds the meaning."""
+PENALISED = ("relu", "jumprelu", "gated")
+"""Sparsities that a penalty brings about; a controller moves its weight until `k` features a token fire."""
+DEAD = ("auxk", "resample", "ghost", "preactivation", "none")
+"""What is done for dead features; `replacement.training.dead` holds the meaning."""
+STARTS = ("random", "samples", "clusters")
+"""Where features start; `replacement.training.starts` holds the meaning."""
+
+
+class Settings:
+    """A frozen dataclass that travels as JSON."""
+
+    def to_json(self) -> str:
+        """The fields as one line of JSON, in alphabetical order."""
+        assert dataclasses.is_dataclass(self) and not isinstance(self, type)
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, Any]) -> Self:
+        """The settings of a mapping, as from JSON; raises InputError for an unknown name."""
+        assert dataclasses.is_dataclass(cls)
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(given) - known):
+            raise InputError(f"{cls.__name__}: does not know {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """Reconstruction stage: every layer's transcoder learns its MLP from one stream of activations."""
+class TrainingConfig(Settings):
+    """Reconstruction stage: all dictionaries learn from one stream of activations."""
 
+    kind: str = "transcoder"
+    """What is trained: transcoder, skip_transcoder, sae, clt, crosscoder, causal_crosscoder."""
+    site: str = "hook_resid_post"
+    """Hook that an SAE or a crosscoder reads and writes; the others read `mlp.hook_in` and write `mlp.hook_out`."""
+    layers: tuple[int, ...] = ()
+    """Blocks that take part, ascending; () for all."""
     n_features: int = 2048
-    """Features a layer; a multiple of 8."""
+    """Features a dictionary; a multiple of 8."""
+    sparsity: str = "batchtopk"
+    """How features are kept few: batchtopk, topk, relu (L1), jumprelu, gated."""
     k: int | tuple[int, ...] = 16
-    """Features that fire at a token on average (BatchTopK), for all layers or one number a layer."""
+    """Features that fire at a token on average, for all dictionaries or one number each. Exact at every token for topk;
+    a penalty's weight is moved until it holds.
+    """
+    penalty: str = "tanh"
+    """Of jumprelu: "tanh" (of each activation times its decoder norm) or "quadratic" (of L0 around k)."""
+    bandwidth: float = 0.2
+    """Of jumprelu: width of the straight-through window around a threshold, in scaled units."""
     floor: float = 0.0
-    """A feature fires only above this share of its own usual peak, so not faintly off its topic; 0 for no floor."""
+    """Of batchtopk: a feature fires only above this share of its own usual peak; 0 for no floor."""
     prefixes: tuple[int, ...] = ()
     """Sizes of nested dictionaries that must each reconstruct (Matryoshka), ascending, all below n_features; () for
     none.
     """
-    skip: bool = False
-    """Whether each transcoder has a linear skip connection."""
+    start: str = "random"
+    """Where features start: random directions, sampled tokens, or clusters of tokens."""
     tokens: int = 4_000_000
     """Tokens to train on."""
     batch_tokens: int = 4096
-    """Tokens of one step, drawn from a shuffled block."""
-    block_batches: int = 8
-    """Source batches that are concatenated and shuffled together: the bound on the buffer's memory."""
+    """Tokens of one step, drawn from the shuffled buffer."""
+    buffer_bytes: int = 256_000_000
+    """Bound on the buffer in which activations of many sequences are shuffled."""
     learning_rate: float = 2e-3
     """Adam's step size at its peak."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Adam's decay rates; short runs at a high learning rate do better with (0.5, 0.95)."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises from zero."""
     decay_fraction: float = 0.4
     """Share of the run, at its end, over which the learning rate falls to zero."""
-    aux_weight: float = 1 / 8
-    """Weight of AuxK: dead features rebuild what the live ones missed (Gao et al. 2024, appendix A.2)."""
-    aux_k: int = 32
-    """Dead features that take part at a token."""
+    dead: str = "auxk"
+    """What is done for dead features: auxk, resample, ghost, preactivation or none."""
+    dead_weight: float = 0.125
+    """Weight of the loss that auxk, ghost and preactivation add."""
+    dead_k: int = 32
+    """Dead features that take part in AuxK at a token."""
     dead_after: int = 100_000
     """Tokens without firing after which a feature counts as dead in training."""
     threshold_memory: float = 0.9
-    """Share of the old threshold that stays at a step."""
+    """Share of the old threshold that stays at a step (batchtopk)."""
     seed: int = 0
     """Seed of initialisation, shuffling and sampling."""
 
     def __post_init__(self) -> None:
+        for name, known in (("kind", KINDS), ("sparsity", SPARSITIES), ("dead", DEAD), ("start", STARTS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"TrainingConfig({name}={getattr(self, name)!r}): needs one of {', '.join(known)}")
+        if self.penalty not in ("tanh", "quadratic"):
+            raise InputError(f"TrainingConfig(penalty={self.penalty!r}): needs one of tanh, quadratic")
         if self.n_features < 8 or self.n_features % 8:
             raise InputError(f"TrainingConfig(n_features={self.n_features}): needs a positive multiple of 8")
+        if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
+            raise InputError(f"TrainingConfig(layers={self.layers}): needs ascending layers from 0, each once")
         if list(self.prefixes) != sorted(set(self.prefixes)) or any(not 0 < p < self.n_features for p in self.prefixes):
             raise InputError(
                 f"TrainingConfig(prefixes={self.prefixes}): needs ascending sizes in 1..{self.n_features - 1}; "
@@ -61,26 +119,39 @@ class TrainingConfig:
             raise InputError(f"TrainingConfig(k={self.k}): needs between 1 and n_features = {self.n_features}")
         if not 0 <= self.floor < 1:
             raise InputError(f"TrainingConfig(floor={self.floor}): must be in [0, 1); for 20 percent pass 0.2")
-        if self.tokens < self.batch_tokens:
+        if self.floor and self.sparsity != "batchtopk":
+            raise InputError(f"TrainingConfig(floor={self.floor}): belongs to sparsity='batchtopk'; leave it out")
+        if self.batch_tokens < 1 or self.tokens < self.batch_tokens:
             raise InputError(f"TrainingConfig(tokens={self.tokens}): less than one batch of {self.batch_tokens} tokens")
+        for name in ("learning_rate", "bandwidth", "buffer_bytes", "dead_k", "dead_after"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"TrainingConfig(betas={self.betas}): needs two numbers in [0, 1)")
+        for name in ("decay_fraction", "threshold_memory"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must be in [0, 1]")
+        if self.warmup_steps < 0 or self.dead_weight < 0:
+            raise InputError("TrainingConfig(warmup_steps, dead_weight): must not be negative")
 
     @property
     def steps(self) -> int:
+        """Optimiser steps of the run."""
         return self.tokens // self.batch_tokens
 
-    def k_of(self, layer: int, n_layers: int) -> int:
-        """k of one layer; raises `InputError` when a tuple's length is not the number of layers."""
+    def k_of(self, index: int, count: int) -> int:
+        """k of one dictionary; raises `InputError` when a tuple's length is not the number of dictionaries."""
         if isinstance(self.k, int):
             return self.k
-        if len(self.k) != n_layers:
+        if len(self.k) != count:
             raise InputError(
-                f"TrainingConfig(k={self.k}): {len(self.k)} numbers for {n_layers} layers; give one a layer"
+                f"TrainingConfig(k={self.k}): {len(self.k)} numbers for {count} dictionaries; give one each"
             )
-        return self.k[layer]
+        return self.k[index]
 
 
 @dataclass(frozen=True)
-class EndToEndConfig:
+class EndToEndConfig(Settings):
     """End-to-end stage: the fully replaced model learns the original's next-token distribution."""
 
     steps: int = 400
@@ -94,13 +165,15 @@ class EndToEndConfig:
     kl_weight: float = 1.0
     """Weight of KL(original || replaced) per token."""
     reconstruction_weight: float = 1.0
-    """Weight of the reconstruction error against the original model's MLP outputs, mean over layers and nested
-    prefixes.
+    """Weight of the reconstruction error against the original model's outputs, mean over sites and nested prefixes."""
+    bridging_weight: float = 0.0
+    """Weight of KL(original || a model of which each site is replaced with probability 1/2): keeps every dictionary
+    right beside original neighbours, so that errors stay small and the replacement score does not fall.
     """
     other_share: float = 0.15
     """Share of the tokens that are not answers, drawn anew each step, that take part in the KL beside all answers."""
-    aux_weight: float = 1 / 8
-    """Weight of AuxK, as in the reconstruction stage."""
+    aux_weight: float = 0.125
+    """Weight of the loss for dead features, as in the reconstruction stage."""
     threshold_memory: float = 0.98
     """Share of the old threshold that stays at a step."""
     layers: tuple[int, ...] = ()
@@ -123,4 +196,9 @@ class EndToEndConfig:
             raise InputError(
                 f"EndToEndConfig(widen={self.widen}, input_noise={self.input_noise}, k={self.k}): "
                 "needs widen and input_noise >= 0 and k >= 1"
+            )
+        if self.bridging_weight < 0 or not 0 <= self.other_share <= 1:
+            raise InputError(
+                f"EndToEndConfig(bridging_weight={self.bridging_weight}, other_share={self.other_share}): "
+                "needs a weight >= 0 and a share in [0, 1]"
             )

@@ -1,4 +1,4 @@
-"""The end-to-end stage: the model with all MLPs replaced learns the original's next-token distribution.
+"""The end-to-end stage: the model with all its sites replaced learns the original's next-token distribution.
 
 Low reconstruction error is not enough: answers hang on small directions, and errors add up over layers. Knows a model
 only as two functions of tokens; whoever has one provides them.
@@ -6,113 +6,195 @@ only as two functions of tokens; whoever has one provides them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from replacement.substitution import Replacement
 from replacement.training.checkpoint import read_checkpoint, write_checkpoint
+from replacement.training.coder import Coder
 from replacement.training.config import EndToEndConfig
-from replacement.training.layer import TrainedLayer
-from replacement.training.progress import progress_bar
+from replacement.training.report import Clock, Listener, Record, bar_listener
 from replacement.training.source import Activations
-
-MLPReplacement = Callable[[int, Float[Tensor, "batch pos d_in"]], Float[Tensor, "batch pos d_out"]]
+from replacement.training.trainee import Trainee
 
 
 class TokenBatch(NamedTuple):
     """Documents of one length."""
 
     tokens: Int[Tensor, "batch pos"]
-    answer: Bool[Tensor, "batch pos"]  #: whether the *next* token is an answer
+    answer: Bool[Tensor, "batch pos"]  #: whether the *next* token is an answer, and so always takes part
 
 
 class ReplaceableModel(Protocol):
-    """A frozen language model whose MLPs can be swapped for functions."""
+    """A frozen language model whose activations can be listened to and replaced."""
 
     def original(
         self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
     ) -> tuple[Float[Tensor, "chosen vocab"], Activations]:
-        """Logits at the positions in `where`, and every MLP's input and output with all tokens flattened."""
+        """Logits at the positions in `where`, and activations with all tokens flattened."""
         ...
 
     def replaced(
-        self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"], mlp: MLPReplacement
+        self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"], replacement: Replacement
     ) -> Float[Tensor, "chosen vocab"]:
-        """The same logits with the MLP of layer l computed as `mlp(l, input)`; gradients flow through."""
+        """The same logits with hooks replaced; gradients flow through."""
         ...
+
+
+class _Forward:
+    """Trainees in a model's place during one forward pass; collects the losses on the way."""
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        original: Activations,
+        *,
+        config: EndToEndConfig,
+        generator: torch.Generator,
+        kept: frozenset[str] = frozenset(),
+    ) -> None:
+        """kept: written hooks that keep the model's own values."""
+        self.trainee, self.original, self.config, self.generator, self.kept = trainee, original, config, generator, kept
+        self.parts: dict[str, list[Tensor]] = {name: [] for name in trainee.written}
+        self.inputs: list[tuple[Coder, Tensor]] = []
+        self.losses: list[Tensor] = []
+        self.l0: list[Tensor] = []
+        self.fvu: list[Tensor] = []
+        self.shape: tuple[int, ...] = ()
+        self._of = {coder.plan.reads[0]: coder for coder in trainee if len(coder.plan.reads) == 1}
+        for coder in trainee:
+            if len(coder.plan.reads) > 1:  # reads ahead of what it writes: the original's activations stand in
+                self._run(coder, trainee.read(coder, original))
+
+    def read(self, name: str, x: Float[Tensor, "batch pos width"]) -> None:
+        self.shape = tuple(x.shape[:-1])
+        if (coder := self._of.get(name)) is not None:
+            self._run(coder, x.flatten(0, -2).float() * self.trainee.scale_of(name))
+
+    def write(self, name: str) -> Float[Tensor, "batch pos width"] | None:
+        trainee = self.trainee
+        out = trainee.bias(name)[None, None] + torch.stack(self.parts[name]).sum(0)
+        error = self.original[name].float()[:, None] * trainee.scale_of(name) - out
+        self.losses.append(self.config.reconstruction_weight * error.pow(2).mean())
+        wanted = self.original[name].float() * trainee.scale_of(name)
+        self.fvu.append(error[:, -1].detach().pow(2).sum() / (wanted - wanted.mean(0)).pow(2).sum().clamp_min(1e-12))
+        if self.config.aux_weight:
+            for coder, x in self.inputs:
+                if coder.plan.writes == (name,):
+                    self.losses.append(self.config.aux_weight * coder.dead_loss(x, error[:, -1:], self.generator))
+        if name in self.kept:
+            return None
+        return (out[:, -1] / trainee.scale_of(name)).view(*self.shape, -1)
+
+    def _run(self, coder: Coder, x: Tensor) -> None:
+        if self.config.input_noise and coder.W_enc.requires_grad:
+            x = x + self.config.input_noise * torch.randn(x.shape, generator=self.generator)
+        one = coder(x, generator=self.generator, memory=self.config.threshold_memory)
+        self.inputs.append((coder, x))
+        self.l0.append((one.activations.detach() != 0).sum() / one.active.n_tokens)
+        self.losses.append(torch.as_tensor(one.penalty))
+        for j, name in enumerate(coder.plan.writes):
+            self.parts[name].append(one.parts[:, :, j])
+        if coder.W_skip is not None:
+            self.parts[coder.plan.writes[0]].append(coder.skip(x)[:, None].expand_as(one.parts[:, :, 0]))  # type: ignore[index]
 
 
 def train_end_to_end(
     model: ReplaceableModel,
-    layers: nn.ModuleList,
+    trainee: Trainee,
     batch: Callable[[int], TokenBatch],
     *,
     config: EndToEndConfig,
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
     stop_after: int | None = None,
+    listeners: Sequence[Listener] = (),
     show_progress: bool = True,
 ) -> None:
-    """Train the layers in place.
+    """Train the dictionaries in place.
 
-    `loss = kl_weight KL(original || replaced) + reconstruction_weight mean_l |y_l - y'_l|^2 / d + aux_weight AuxK`,
-    the KL averaged over tokens whose next token is an answer and a random share `other_share` of the others; y'_l is
-    computed from the replaced model's own stream, y_l is the original's MLP output.
+    `loss = kl_weight KL(original || replaced) + bridging_weight KL(original || half replaced)
+    + mean over sites of (reconstruction_weight |y - y'|^2 / d + penalty + aux_weight remedy)`, the KL averaged over
+    tokens whose next token is an answer and a random share `other_share` of the others; y' is computed from the
+    replaced model's own stream, y is the original's. A crosscoder, which reads layers beyond those that it writes,
+    reads the original's activations.
 
-    batch: documents by number; step n uses batch n. checkpoint, checkpoint_every, stop_after: as in `train`.
+    batch: documents by number; step n uses batch n. checkpoint, checkpoint_every, stop_after, listeners: as in `train`.
     """
-    chosen = config.layers or tuple(range(len(layers)))
-    for index, layer in enumerate(layers):
-        layer.requires_grad_(index in chosen)
-        if index in chosen:
-            cast(TrainedLayer, layer).reopen(widen=config.widen, k=config.k)
-    optimizer = torch.optim.Adam(layers.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+    chosen = config.layers or tuple(coder.layer for coder in trainee)
+    trainee.requires_grad_(False)
+    for coder in trainee:
+        if coder.layer in chosen:
+            coder.requires_grad_(True)
+            coder.reopen(widen=config.widen, k=config.k)
+    for name, bias in zip(trainee.written, trainee.b_dec, strict=True):
+        bias.requires_grad_(any(coder.layer in chosen and name == coder.plan.writes[0] for coder in trainee))
+    optimizer = torch.optim.Adam(trainee.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
     done = 0
     if checkpoint is not None and checkpoint.exists():
-        done = read_checkpoint(checkpoint, layers=layers, optimizer=optimizer, config=config)
+        done, _ = read_checkpoint(checkpoint, trainee=trainee, optimizer=optimizer, config=config)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
-    with progress_bar(show=show_progress) as bar:
-        task = bar.add_task("end to end", total=config.steps, completed=done, figure="")
+    clock = Clock()
+    with bar_listener("end to end", done=done, steps=config.steps, show=show_progress) as bar:
         for step in range(done, last):
             rise, fall = min(1.0, (step + 1) / max(1, config.warmup_steps)), 1 - step / config.steps
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * rise * fall
-            kl, rest = _losses(model, layers, batch(step), step=step, config=config)
-            optimizer.zero_grad(set_to_none=True)
-            (config.kl_weight * kl + rest).backward()
-            nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
-            optimizer.step()
+            record = _update(model, trainee, batch(step), optimizer, step=step, config=config, clock=clock)
+            for listener in (bar, *listeners):
+                listener(record)
             if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == last):
-                write_checkpoint(checkpoint, layers=layers, optimizer=optimizer, step=step + 1, config=config)
-            bar.update(task, advance=1, figure=f"KL {kl.item():.4f} rest {rest.item():.4f}")
+                write_checkpoint(checkpoint, trainee=trainee, optimizer=optimizer, step=step + 1, config=config)
 
 
-def _losses(
-    model: ReplaceableModel, layers: nn.ModuleList, batch: TokenBatch, *, step: int, config: EndToEndConfig
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+def _update(
+    model: ReplaceableModel,
+    trainee: Trainee,
+    batch: TokenBatch,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    config: EndToEndConfig,
+    clock: Clock,
+) -> Record:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     where = batch.answer | (torch.rand(batch.answer.shape, generator=generator) < config.other_share)
     with torch.no_grad():
         wanted, activations = model.original(batch.tokens, where)
-    rest: list[Tensor] = []
+    forward = _Forward(trainee, activations, config=config, generator=generator)
+    kl = _divergence(model.replaced(batch.tokens, where, forward), wanted)
+    total = config.kl_weight * kl + torch.stack(forward.losses).sum() / len(trainee.written)
+    if config.bridging_weight:
+        drawn = torch.rand(len(trainee.written), generator=generator) < 0.5
+        kept = frozenset(name for name, keep in zip(trainee.written, drawn.tolist(), strict=True) if keep)
+        mixed = _Forward(trainee, activations, config=config, generator=generator, kept=kept)
+        total = total + config.bridging_weight * _divergence(model.replaced(batch.tokens, where, mixed), wanted)
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+    optimizer.step()
+    seconds, speed = clock.tick(batch.tokens.numel())
+    return Record(
+        stage="end to end",
+        step=step + 1,
+        steps=config.steps,
+        tokens=(step + 1) * batch.tokens.numel(),
+        loss=total.item(),
+        fvu=torch.stack(forward.fvu).mean().item(),
+        l0=torch.stack(forward.l0).mean().item(),
+        dead=torch.stack([coder.is_dead().float().mean() for coder in trainee]).mean().item(),
+        learning_rate=optimizer.param_groups[0]["lr"],
+        seconds=seconds,
+        tokens_per_second=speed,
+        kl=kl.item(),
+    )
 
-    def mlp(index: int, x: Tensor) -> Tensor:
-        layer = cast(TrainedLayer, layers[index])
-        scaled = x.reshape(-1, x.shape[-1]) * layer.input_scale
-        if config.input_noise and layer.W_enc.requires_grad:
-            scaled = scaled + config.input_noise * torch.randn(scaled.shape, generator=generator)
-        result = layer(scaled, generator=generator, memory=config.threshold_memory)
-        error = activations.outputs[index].unsqueeze(1) * layer.output_scale - result.outputs
-        rest.append(config.reconstruction_weight * error.pow(2).mean())
-        if config.aux_weight:
-            rest.append(config.aux_weight * layer.aux_loss(scaled, error[:, -1], generator))
-        return (result.outputs[:, -1] / layer.output_scale).view(*x.shape[:-1], -1)
 
-    logits = model.replaced(batch.tokens, where, mlp)
+def _divergence(logits: Tensor, wanted: Tensor) -> Float[Tensor, ""]:
     logs = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
-    divergence = nn.functional.kl_div(*logs, log_target=True, reduction="batchmean")
-    return divergence, torch.stack(rest).sum() / len(layers)
+    return nn.functional.kl_div(*logs, log_target=True, reduction="batchmean")

@@ -1,76 +1,77 @@
-"""The reconstruction stage: all layers' transcoders learn their MLPs from one stream of activations.
+"""The reconstruction stage: all dictionaries learn from one stream of activations.
 
-BatchTopK (Bussmann et al. 2024) with the choice made by a running threshold, AuxK for dead features (Gao et al. 2024),
-nested prefixes (Bussmann et al. 2025) when asked for. Knows nothing of the model that the activations came from.
+Knows nothing of the model that the activations came from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from replacement.errors import InputError
 from replacement.training.checkpoint import read_checkpoint, write_checkpoint
 from replacement.training.config import TrainingConfig
-from replacement.training.layer import TrainedLayer
-from replacement.training.progress import progress_bar
-from replacement.training.source import Activations, ActivationSource, ShuffledBlocks
+from replacement.training.kinds import Plan
+from replacement.training.report import Clock, Listener, Record, bar_listener
+from replacement.training.source import ActivationSource, Stream
+from replacement.training.trainee import Losses, Trainee
 
 _CALIBRATION_TOKENS, _START_TOKENS = 4096, 24576
+_CLIP = 1.0  # largest norm of the gradient
 
 
 def train(
     source: ActivationSource,
+    planned: Sequence[Plan],
     *,
     config: TrainingConfig,
     checkpoint: Path | None = None,
     checkpoint_every: int = 200,
     stop_after: int | None = None,
+    listeners: Sequence[Listener] = (),
     show_progress: bool = True,
-) -> nn.ModuleList:
-    """Train one `TrainedLayer` per layer of the source.
+) -> Trainee:
+    """Train the planned dictionaries.
 
-    `loss = sum over layers of mean over prefixes of |y - y_p|^2 / d + aux_weight AuxK`, in units where y has mean
-    square about 1.
+    `loss = sum over written sites of mean over prefixes of |y - y_p|^2 / d + penalty + dead_weight * remedy`, in units
+    where y has mean square about 1.
 
-    source: activations, by number. checkpoint: file to go on from if it exists, and to write every `checkpoint_every`
-    steps; a run that stopped and went on gives the same tensors as one that did not. stop_after: leave after this many
-    steps in all. Raises `InputError` when the checkpoint belongs to other settings.
+    source: activations, by number. planned: as from `kinds.plans`. checkpoint: file to go on from if it exists, and to
+    write every `checkpoint_every` steps; a run that stopped, or was killed, and went on gives the same tensors as one
+    that did not. stop_after: leave after this many steps in all. listeners: called with a `Record` after every step.
+    Raises `InputError` when the checkpoint belongs to other settings, when activations are not finite, or when the disk
+    is full; the last checkpoint stays.
     """
-    blocks = ShuffledBlocks(
-        source, block_batches=config.block_batches, batch_tokens=config.batch_tokens, seed=config.seed
-    )
-    first = blocks.first_tokens(_START_TOKENS)
-    n_layers = len(first.inputs)
-    layers = nn.ModuleList(
-        TrainedLayer(x.float(), y.float(), config=config, layer=layer, n_layers=n_layers)
-        for layer, (x, y) in enumerate(zip(first.inputs, first.outputs, strict=True))
-    )
-    parameters = list(layers.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
+    stream = Stream(source, buffer_bytes=config.buffer_bytes, batch_tokens=config.batch_tokens, seed=config.seed)
+    trainee = Trainee(planned, stream.sample(_START_TOKENS), config)
+    parameters = list(trainee.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.betas, fused=True)
     done = 0
     if checkpoint is not None and checkpoint.exists():
-        done = read_checkpoint(checkpoint, layers=layers, optimizer=optimizer, config=config)
+        done, stream.position = read_checkpoint(checkpoint, trainee=trainee, optimizer=optimizer, config=config)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
-    with progress_bar(show=show_progress) as bar:
-        task = bar.add_task("reconstruction", total=config.steps, completed=done, figure="")
+    clock = Clock()
+    with bar_listener("reconstruction", done=done, steps=config.steps, show=show_progress) as bar:
         for step in range(done, last):
-            loss = _step(layers, blocks.batch(step), step=step, config=config)
-            _set_learning_rate(optimizer, config.learning_rate * learning_rate_factor(step, config))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            rate = config.learning_rate * learning_rate_factor(step, config)
+            losses, total = _update(trainee, optimizer, stream, step=step, rate=rate, config=config)
+            record = _record(losses, total, trainee, step=step + 1, rate=rate, clock=clock, config=config)
+            for listener in (bar, *listeners):
+                listener(record)
             if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == last):
-                write_checkpoint(checkpoint, layers=layers, optimizer=optimizer, step=step + 1, config=config)
-            bar.update(task, advance=1, figure=f"loss {loss.item() / n_layers:.4f}")
-    sample = blocks.batch(last).inputs[:, :_CALIBRATION_TOKENS]
-    for layer, x in zip(layers, sample, strict=True):
-        cast(TrainedLayer, layer).calibrate(x.float())
-    return layers
+                write_checkpoint(
+                    checkpoint,
+                    trainee=trainee,
+                    optimizer=optimizer,
+                    step=step + 1,
+                    config=config,
+                    position=stream.position,
+                )
+    trainee.calibrate({name: tensor[:_CALIBRATION_TOKENS] for name, tensor in stream.peek().items()})
+    return trainee
 
 
 def learning_rate_factor(step: int, config: TrainingConfig) -> float:
@@ -81,20 +82,67 @@ def learning_rate_factor(step: int, config: TrainingConfig) -> float:
     return min(1.0, (step + 1) / max(1, config.warmup_steps)) * max(0.02, min(1.0, left))
 
 
-def _step(layers: nn.ModuleList, batch: Activations, *, step: int, config: TrainingConfig) -> Float[Tensor, ""]:
+def _update(
+    trainee: Trainee,
+    optimizer: torch.optim.Optimizer,
+    stream: Stream,
+    *,
+    step: int,
+    rate: float,
+    config: TrainingConfig,
+) -> tuple[Losses, Tensor]:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    loss = torch.zeros(())
-    for module, inputs, outputs in zip(layers, batch.inputs, batch.outputs, strict=True):
-        layer = cast(TrainedLayer, module)
-        x, y = inputs.float() * layer.input_scale, outputs.float() * layer.output_scale
-        result = layer(x, generator=generator, memory=config.threshold_memory)
-        error = y.unsqueeze(1) - result.outputs
-        loss = loss + error.pow(2).mean()
-        if config.aux_weight:
-            loss = loss + config.aux_weight * layer.aux_loss(x, error[:, -1], generator)
-    return loss
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    batch = stream.next()
+    losses = trainee(batch, generator=generator, memory=config.threshold_memory)
+    total = losses.reconstruction + losses.penalty + config.dead_weight * losses.dead
+    if not torch.isfinite(total):
+        _explain(batch, step)
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    nn.utils.clip_grad_norm_(trainee.parameters(), _CLIP)
+    optimizer.step()
+    if config.dead == "resample" and _resamples(step, config):
+        for coder in trainee:
+            error = trainee.error_of(coder, losses.errors)
+            coder.resample(trainee.read(coder, batch), error, optimizer=optimizer, generator=generator)
+    return losses, total.detach()
+
+
+def _resamples(step: int, config: TrainingConfig) -> bool:
+    """Whether features start again after this step: every `dead_after` tokens, until the learning rate falls."""
+    every = max(1, config.dead_after // config.batch_tokens)
+    return (step + 1) % every == 0 and step < config.steps * (1 - config.decay_fraction)
+
+
+def _explain(batch: dict[str, Tensor], step: int) -> None:
+    for name, tensor in batch.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"train: activations at {name} are not finite (NaN or inf) at step {step + 1}; "
+                "check the model and the data, then go on from the last checkpoint"
+            )
+    raise InputError(
+        f"train: the loss is not finite at step {step + 1}; lower learning_rate and go on from the last checkpoint"
+    )
+
+
+def _record(
+    losses: Losses, total: Tensor, trainee: Trainee, *, step: int, rate: float, clock: Clock, config: TrainingConfig
+) -> Record:
+    seconds, speed = clock.tick(config.batch_tokens)
+    dead = torch.stack([coder.is_dead().float().mean() for coder in trainee]).mean()
+    return Record(
+        stage="reconstruction",
+        step=step,
+        steps=config.steps,
+        tokens=step * config.batch_tokens,
+        loss=total.item(),
+        fvu=losses.fvu.mean().item(),
+        l0=losses.l0.mean().item(),
+        dead=dead.item(),
+        learning_rate=rate,
+        seconds=seconds,
+        tokens_per_second=speed,
+    )

@@ -17,7 +17,7 @@ from typing import cast
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from replacement import formats
@@ -30,10 +30,10 @@ from replacement.pretrained.recipe.corpus import Corpus
 from replacement.pretrained.recipe.labels import Profile, label_features, profile
 from replacement.pretrained.recipe.mlps import CorpusActivations, ReplaceableLlama, corpus_documents
 from replacement.pretrained.recipe.quality import measure, table
-from replacement.training import EndToEndConfig, TrainedLayer, TrainingConfig, train, train_end_to_end
+from replacement.training import EndToEndConfig, Trainee, TrainingConfig, plans, train, train_end_to_end
+from replacement.training.kinds import MLP_IN, hook
 from replacement.transcoder import Transcoder
 
-READ, WRITE = "mlp.hook_in", "mlp.hook_out"
 RECONSTRUCTION_SEED, END_TO_END_SEED, PROFILE_SEED = 20_000_000, 40_000_000, 60_000_000
 """First seeds of the documents of each stage; all different from each other, the model's and the held-out ones."""
 _PROFILE_DOCUMENTS, _BATCH = 8192, 64
@@ -49,13 +49,21 @@ class Recipe:
     end_to_end: tuple[EndToEndConfig, ...]  #: stages, one after the other on documents of their own
 
 
-_RECONSTRUCTION = TrainingConfig(n_features=1536, prefixes=(512,), k=(4, 4, 6, 6, 6, 6), floor=0.3, tokens=1_500_000)
+_RECONSTRUCTION = TrainingConfig(
+    n_features=1536,
+    prefixes=(512,),
+    k=(4, 4, 6, 6, 6, 6),
+    floor=0.3,
+    start="clusters",
+    tokens=1_500_000,
+    buffer_bytes=100_000_000,
+)
 _END_TO_END = (
     EndToEndConfig(steps=1000, learning_rate=1e-3, aux_weight=0.0),
     EndToEndConfig(steps=1400, learning_rate=1e-3, aux_weight=0.0, reconstruction_weight=10.0),
 )
 _WIDEN = EndToEndConfig(
-    steps=500,
+    steps=700,
     learning_rate=1e-3,
     aux_weight=0.0,
     reconstruction_weight=3.0,
@@ -72,7 +80,7 @@ RECIPES = {
         (*_END_TO_END, _WIDEN),
     ),
     "skip_transcoders": Recipe(
-        dataclasses.replace(_RECONSTRUCTION, floor=0.2, skip=True),
+        dataclasses.replace(_RECONSTRUCTION, floor=0.2, kind="skip_transcoder"),
         (*_END_TO_END, dataclasses.replace(_WIDEN, steps=450, widen=0.2, k=16, input_noise=0.2)),
     ),
 }
@@ -94,8 +102,9 @@ def make(model: ReplaceableLlama, recipe: Recipe, out: Path, *, work: Path, show
     work.mkdir(parents=True, exist_ok=True)
     fast = ReplaceableLlama(model.model, precision=torch.bfloat16)
     source = CorpusActivations(fast, first_seed=RECONSTRUCTION_SEED)
-    layers = train(
+    trainee = train(
         source,
+        plans(recipe.reconstruction, len(model.blocks)),
         config=recipe.reconstruction,
         checkpoint=work / "reconstruction.safetensors",
         show_progress=show_progress,
@@ -103,18 +112,18 @@ def make(model: ReplaceableLlama, recipe: Recipe, out: Path, *, work: Path, show
     for stage, config in enumerate(recipe.end_to_end):
         train_end_to_end(
             fast,
-            layers,
+            trainee,
             partial(corpus_documents, documents=config.documents, first_seed=END_TO_END_SEED + 1_000_000 * stage),
             config=config,
             checkpoint=work / f"end_to_end_{stage}.safetensors",
             show_progress=show_progress,
         )
-    finish(model, layers, recipe, out)
+    finish(model, trainee, recipe, out)
 
 
-def finish(model: ReplaceableLlama, layers: nn.ModuleList, recipe: Recipe, out: Path) -> None:
+def finish(model: ReplaceableLlama, trainee: Trainee, recipe: Recipe, out: Path) -> None:
     """Drop features that hardly ever fire, label the rest, write the folder."""
-    dictionaries = [cast(TrainedLayer, layer).dictionary(read=READ, write=WRITE) for layer in layers]
+    dictionaries = [cast(Transcoder, dictionary) for dictionary in trainee.dictionaries()]
     kept, labels, dropped = {}, {}, {}
     for dictionary, found in zip(dictionaries, _profiles(model, dictionaries), strict=True):
         alive = (found.fires[0].sum(1) >= _LEAST_FIRES).nonzero().flatten()
@@ -150,7 +159,7 @@ def _profiles(model: ReplaceableLlama, dictionaries: Sequence[Dictionary]) -> li
         annotations = annotate(batch.tokens, batch.answer)
         for each, dictionary in zip(found, dictionaries, strict=True):
             count = index >= _PROFILE_DOCUMENTS // _BATCH // 8  # the first eighth finds the peaks
-            each.add(dictionary, activations.inputs[dictionary.layer], annotations, count=count)
+            each.add(dictionary, activations[hook(dictionary.layer, MLP_IN)], annotations, count=count)
     return found
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from replacement.pretrained.recipe.corpus import Corpus
-from replacement.training.end_to_end import MLPReplacement, TokenBatch
+from replacement.substitution import Replacement
+from replacement.training.end_to_end import TokenBatch
+from replacement.training.kinds import MLP_IN, MLP_OUT, hook
 from replacement.training.source import Activations
 
 
@@ -35,30 +37,32 @@ class ReplaceableLlama:
     def original(
         self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"] | None = None
     ) -> tuple[Float[Tensor, "chosen vocab"], Activations]:
-        """Logits at the positions in `where` (None: all, not flattened), and every MLP's input and output, tokens
-        flattened.
+        """Logits at the positions in `where` (None: all, not flattened), and every MLP's input and output by
+        hook, tokens flattened.
         """
-        inputs: list[Tensor] = []
-        outputs: list[Tensor] = []
+        found: dict[str, Tensor] = {}
 
-        def listen(_module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs.append(arguments[0].flatten(0, 1))
-            outputs.append(output.flatten(0, 1))
+        def listen(layer: int) -> Callable[..., None]:
+            def keep(_module: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+                found[hook(layer, MLP_IN)] = arguments[0].flatten(0, 1).float()
+                found[hook(layer, MLP_OUT)] = output.flatten(0, 1).float()
 
-        handles = [block.mlp.register_forward_hook(listen) for block in self.blocks]
+            return keep
+
+        handles = [block.mlp.register_forward_hook(listen(layer)) for layer, block in enumerate(self.blocks)]
         try:
             logits = self._logits(tokens, where)
         finally:
             for handle in handles:
                 handle.remove()
-        return logits, Activations(torch.stack(inputs).float(), torch.stack(outputs).float())
+        return logits, found
 
     def replaced(
-        self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"] | None, mlp: MLPReplacement
+        self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"] | None, replacement: Replacement
     ) -> Float[Tensor, "chosen vocab"]:
-        """The same logits with the MLP of layer l computed as `mlp(l, input)`; gradients flow through."""
+        """The same logits with MLP outputs replaced; gradients flow through."""
         for layer, block in enumerate(self.blocks):
-            block.mlp.forward = _bind(mlp, layer)
+            block.mlp.forward = _bind(replacement, layer, block.mlp.forward)
         try:
             return self._logits(tokens, where)
         finally:
@@ -71,10 +75,12 @@ class ReplaceableLlama:
             return self.model.lm_head(hidden if where is None else hidden[where])
 
 
-def _bind(mlp: MLPReplacement, layer: int) -> Callable[[Tensor], Tensor]:
+def _bind(replacement: Replacement, layer: int, mlp: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            return mlp(layer, x.float())
+            replacement.read(hook(layer, MLP_IN), x.float())
+            out = replacement.write(hook(layer, MLP_OUT))
+        return mlp(x) if out is None else out
 
     return forward
 
@@ -84,18 +90,18 @@ class CorpusActivations:
 
     def __init__(self, model: ReplaceableLlama, *, documents: int = 64, first_seed: int) -> None:
         self.model, self.documents, self.first_seed = model, documents, first_seed
-        self.tokens = documents * (Corpus(0).batch(1).tokens.shape[1] - 2)
+        self.sites = tuple(hook(layer, site) for layer in range(len(model.blocks)) for site in (MLP_IN, MLP_OUT))
 
     @torch.no_grad()
     def batch(self, index: int) -> Activations:
         """The batch of this number; no logits are computed."""
         tokens = Corpus(self.first_seed + index).batch(self.documents).tokens[:, :-1]
         _, found = self.model.original(tokens, torch.zeros_like(tokens, dtype=torch.bool))
-        return Activations(*(_without_first(part, self.documents).bfloat16() for part in found))
+        return {name: _without_first(part, self.documents).bfloat16() for name, part in found.items()}
 
 
-def _without_first(flat: Float[Tensor, "layers tokens width"], documents: int) -> Float[Tensor, "layers rest width"]:
-    return flat.unflatten(1, (documents, -1))[:, :, 1:].flatten(1, 2)
+def _without_first(flat: Float[Tensor, "tokens width"], documents: int) -> Float[Tensor, "rest width"]:
+    return flat.unflatten(0, (documents, -1))[:, 1:].flatten(0, 1)
 
 
 def corpus_documents(index: int, *, documents: int, first_seed: int) -> TokenBatch:

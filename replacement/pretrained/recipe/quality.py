@@ -18,6 +18,8 @@ from replacement.pretrained.recipe import facts, tasks
 from replacement.pretrained.recipe.concepts import place_of_token, places, word_groups
 from replacement.pretrained.recipe.corpus import Batch, Corpus
 from replacement.pretrained.recipe.mlps import ReplaceableLlama
+from replacement.substitution import Ablation, Substitution
+from replacement.training.kinds import MLP_IN, MLP_OUT, hook
 
 HELD_OUT_SEED = 70_000_000
 """First seed of the documents that figures are measured on; no training uses seeds from here on."""
@@ -55,11 +57,10 @@ def replaced_logits(
     model: ReplaceableLlama, dictionaries: DictionarySet
 ) -> Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos vocab"]]:
     """The model with every MLP replaced at every position and no error terms, as a function of tokens."""
-    by_layer: dict[int, Dictionary] = dict(dictionaries.by_layer)
 
     def run(tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
         with torch.no_grad():
-            return model.replaced(tokens, None, lambda layer, x: by_layer[layer](x))
+            return model.replaced(tokens, None, Substitution(dictionaries))
 
     return run
 
@@ -80,13 +81,15 @@ def measure(
         _, found = model.original(tokens)
         keep = _not_first(tokens)
         for meter, count in zip(meters, counts, strict=True):
-            x = found.inputs[meter.dictionary.layer][keep]
-            meter.update(x, found.outputs[meter.dictionary.layer][keep])
+            x = found[hook(meter.dictionary.layer, MLP_IN)][keep]
+            meter.update(x, found[hook(meter.dictionary.layer, MLP_OUT)][keep])
             count.update(x, tokens.flatten()[keep])
     run = replaced_logits(model, dictionaries)
 
+    written = [hook(dictionary.layer, MLP_OUT) for dictionary in dictionaries]
+
     def ablated(tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos vocab"]:
-        return model.replaced(tokens, None, lambda _layer, x: torch.zeros_like(x))
+        return model.replaced(tokens, None, Ablation(written))
 
     replacement = evaluate_replacement(model.logits, run, ablated, ((b.tokens, b.answer) for b in held_out(compared)))
     states = StateFeatures(
@@ -161,7 +164,8 @@ def _last_inputs(model: ReplaceableLlama, prompts: list[tuple[int, ...]]) -> Flo
     out: Tensor | None = None
     for length, rows in by_length.items():
         _, found = model.original(torch.tensor([prompts[i] for i in rows]))
-        last = found.inputs.unflatten(1, (len(rows), length))[:, :, -1]
+        inputs = torch.stack([found[hook(layer, MLP_IN)] for layer in range(len(model.blocks))])
+        last = inputs.unflatten(1, (len(rows), length))[:, :, -1]
         out = last.new_empty(len(last), len(prompts), last.shape[-1]) if out is None else out
         out[:, rows] = last
     assert out is not None, "no prompts"

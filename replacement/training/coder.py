@@ -1,0 +1,181 @@
+"""One dictionary while it is being trained: encoder, decoder to all sites that it writes, sparsity, counters.
+
+Works on scaled activations (mean squared entry about 1). Knows nothing of optimisers, of other dictionaries or models.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from replacement.training import dead as remedies
+from replacement.training.config import TrainingConfig
+from replacement.training.kinds import Plan
+from replacement.training.sparse import ActiveSet, decode_active, encode_active
+from replacement.training.sparsity import Encoder, Exported, GatedSparsity, sparsity
+from replacement.training.starts import start
+
+
+class Pass(NamedTuple):
+    """One training pass over a batch of tokens, in scaled units."""
+
+    parts: Float[Tensor, "tokens prefixes n_writes d_out"]  #: what the nested dictionaries write, the whole one last
+    active: ActiveSet
+    activations: Float[Tensor, " entries"]
+    penalty: Tensor | float
+    gate: Float[Tensor, "tokens n_writes d_out"] | None  #: what a gate alone writes, through the frozen decoder
+
+
+class Coder(nn.Module):
+    """Encoder, decoder, optional skip and sparsity of one dictionary."""
+
+    W_enc: nn.Parameter  # [n_features, d_in], all read sites side by side
+    b_enc: nn.Parameter  # [n_features]
+    W_dec: nn.Parameter  # [n_features, n_writes, d_out]
+    W_skip: nn.Parameter | None  # [d_out, d_in]
+    since_fired: Tensor  # [n_features], tokens since a feature last fired
+
+    def __init__(
+        self,
+        plan: Plan,
+        x: Float[Tensor, "tokens d_in"],
+        y: Float[Tensor, "tokens n_writes d_out"],
+        *,
+        config: TrainingConfig,
+        index: int,
+        count: int,
+        shared: int,
+    ) -> None:
+        """Start from a sample of scaled activations.
+
+        index, count: which dictionary of how many this is. shared: dictionaries that write to the same sites, so that
+        each starts with its share.
+        """
+        super().__init__()
+        generator = torch.Generator().manual_seed(config.seed * 1009 + plan.layer)
+        self.plan, self.n_writes = plan, y.shape[1]
+        self.prefixes, self.same = config.prefixes, plan.reads == plan.writes
+        self.dead, self.dead_k, self.dead_after = config.dead, config.dead_k, config.dead_after
+        rows = start(
+            config.start,
+            x,
+            y.flatten(1),
+            prefixes=(*config.prefixes, config.n_features),
+            same=self.same,
+            generator=generator,
+        )
+        self.sparsity = sparsity(config, config.k_of(index, count))
+        self.W_enc = nn.Parameter(rows.W_enc)
+        self.W_dec = nn.Parameter(rows.W_dec.unflatten(1, y.shape[1:]) / shared)
+        self.b_enc = nn.Parameter(rows.b_enc)
+        self.W_skip = nn.Parameter(torch.zeros(y.shape[2], x.shape[1])) if plan.skip else None
+        self.register_buffer("since_fired", torch.zeros(config.n_features))
+        with torch.no_grad():
+            self.b_enc.copy_(self.sparsity.prepare(x, self.encoder()))
+
+    @property
+    def layer(self) -> int:
+        """The block whose site is read, the first one where there are several."""
+        return self.plan.layer
+
+    def norms(self) -> Float[Tensor, " n_features"]:
+        """Norm of what a unit of each feature writes, all sites together."""
+        return self.W_dec.flatten(1).norm(dim=1).clamp_min(1e-8)
+
+    def encoder(self) -> Encoder:
+        """The encoder as it is, without gradients."""
+        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.norms().detach())
+
+    def forward(self, x: Float[Tensor, "tokens d_in"], *, generator: torch.Generator, memory: float) -> Pass:
+        """Encode and decode scaled inputs; moves running thresholds (kept with weight `memory`) and firing counters."""
+        active = self.sparsity.select(x, self.encoder(), generator=generator, memory=memory)
+        values = encode_active(x, self.W_enc, self.b_enc, active)
+        activations = self.sparsity.activations(values, active)
+        parts = decode_active(activations, self.W_dec.flatten(1), active, self.prefixes)
+        gate = None
+        if isinstance(self.sparsity, GatedSparsity):
+            gate = decode_active(torch.relu(values), self.W_dec.detach().flatten(1), active, ())[:, 0]
+            gate = gate.unflatten(1, self.W_dec.shape[1:])
+        penalty = self.sparsity.extra_loss(values, activations, active, self.norms())
+        self._observe(activations.detach(), active)
+        return Pass(parts.unflatten(2, self.W_dec.shape[1:]), active, activations, penalty, gate)
+
+    @torch.no_grad()
+    def _observe(self, activations: Float[Tensor, " entries"], active: ActiveSet) -> None:
+        fired = torch.bincount(active.feature[activations != 0], minlength=len(self.b_enc)) > 0
+        self.since_fired.add_(active.n_tokens).masked_fill_(fired, 0)
+        self.sparsity.observe(activations, active, fired)
+
+    def skip(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_out"] | float:
+        """`W_skip x` in scaled units."""
+        return 0.0 if self.W_skip is None else x @ self.W_skip.T
+
+    # ---- dead features
+
+    def is_dead(self) -> Bool[Tensor, " n_features"]:
+        """Which features have not fired for `dead_after` tokens."""
+        return self.since_fired > self.dead_after
+
+    def dead_loss(
+        self, x: Float[Tensor, "tokens d_in"], error: Float[Tensor, "tokens n_writes d_out"], generator: torch.Generator
+    ) -> Tensor:
+        """The loss that the remedy for dead features adds; `error`, what the living missed, is held fixed."""
+        if self.dead not in remedies.LOSSES:
+            return error.new_zeros(())
+        dead = self.is_dead().nonzero().flatten()
+        if len(dead) == 0:
+            return error.new_zeros(())
+        rows = torch.randperm(len(x), generator=generator)[: remedies.ROWS]
+        missed = error[rows].detach().flatten(1)
+        dead_rows = (self.W_enc[dead], self.b_enc[dead], self.W_dec[dead].flatten(1))
+        return remedies.LOSSES[self.dead](remedies.Dead(*dead_rows, x[rows].detach(), missed, self.dead_k))
+
+    @torch.no_grad()
+    def resample(
+        self,
+        x: Float[Tensor, "tokens d_in"],
+        error: Float[Tensor, "tokens n_writes d_out"],
+        *,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+    ) -> int:
+        """Let dead features start again at tokens that are badly rebuilt, their optimiser state at zero; how many."""
+        dead = self.is_dead()
+        if self.dead != "resample" or not dead.any():
+            return 0
+        fresh = remedies.resampled(
+            int(dead.sum()), x, error.flatten(1), living=self.W_enc[~dead], same=self.same, generator=generator
+        )
+        new = {
+            self.W_enc: fresh.W_enc,
+            self.b_enc: fresh.b_enc,
+            self.W_dec: fresh.W_dec.unflatten(1, self.W_dec.shape[1:]),
+        }
+        for parameter, rows in new.items():
+            parameter[dead] = rows
+            for name, state in optimizer.state.get(parameter, {}).items():
+                if name != "step":
+                    state[dead] = 0
+        self.since_fired[dead] = 0
+        return int(dead.sum())
+
+    # ---- the end
+
+    @torch.no_grad()
+    def reopen(self, *, widen: float, k: int | None) -> None:
+        """Let features fire more widely from here on: shift their biases by `widen` (ending a floor) and change k."""
+        self.sparsity.reopen(widen=widen, k=k)
+        self.b_enc.add_(widen)
+
+    def calibrate(self, x: Float[Tensor, "tokens d_in"]) -> None:
+        """Set what the finished dictionary's activation function needs, on scaled inputs."""
+        self.sparsity.calibrate(x, self.encoder())
+
+    def export(self) -> tuple[Exported, Float[Tensor, "n_features n_writes d_out"]]:
+        """Encoder and activation function, and decoder rows, of norm 1 where the sparsity allows it."""
+        exported = self.sparsity.export(self.encoder())
+        W_dec = self.W_dec.detach()
+        return exported, W_dec / self.norms().detach()[:, None, None] if exported.unit_rows else W_dec.clone()

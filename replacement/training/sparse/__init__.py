@@ -1,0 +1,21 @@
+"""Sparse encoding and decoding of many tokens at once, with exact gradients, fast on a CPU.
+
+Only the encoder's product is dense, and only to *choose* the active features: that product runs in bfloat16, a few
+tokens at a time. Values of the chosen ones, the decoder and every gradient touch active entries alone, in the weights'
+own precision. Knows nothing of losses, layers or training steps.
+"""
+
+from replacement.training.sparse.active import ActiveSet, select
+from replacement.training.sparse.choice import preselect, select_above, select_batch_top, select_top
+from replacement.training.sparse.products import decode_active, encode_active
+
+__all__ = [
+    "ActiveSet",
+    "decode_active",
+    "encode_active",
+    "preselect",
+    "select",
+    "select_above",
+    "select_batch_top",
+    "select_top",
+]

@@ -1,0 +1,23 @@
+"""How features are kept few, by name; a new sparsity is a class and a row here."""
+
+from __future__ import annotations
+
+from replacement.training.config import TrainingConfig
+from replacement.training.sparsity.base import Encoder, Exported, Sparsity
+from replacement.training.sparsity.penalties import GatedSparsity, JumpReLUSparsity, ReLUSparsity
+from replacement.training.sparsity.topk import BatchTopKSparsity, TopKSparsity
+
+__all__ = ["BY_NAME", "Encoder", "Exported", "GatedSparsity", "Sparsity", "sparsity"]
+
+BY_NAME: dict[str, type[Sparsity]] = {
+    "batchtopk": BatchTopKSparsity,
+    "topk": TopKSparsity,
+    "relu": ReLUSparsity,
+    "jumprelu": JumpReLUSparsity,
+    "gated": GatedSparsity,
+}
+
+
+def sparsity(config: TrainingConfig, k: int) -> Sparsity:
+    """The sparsity that a config names, with k features a token."""
+    return BY_NAME[config.sparsity](config, k)

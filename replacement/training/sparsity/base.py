@@ -1,0 +1,132 @@
+"""What keeps features few: the contract of every sparsity, and the controller that brings penalties to a wanted L0.
+
+A sparsity chooses which features fire, turns their pre-activations into activations with the gradients that its paper
+gives them, adds its penalty, and says which activation function the finished dictionary has. Knows nothing of sites,
+losses or optimisers.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from replacement.activation import Activation
+from replacement.training.config import TrainingConfig
+from replacement.training.sparse import ActiveSet, select_above
+
+_SMALLEST = 1e-6  # what counts as above zero in the bfloat16 choice
+
+
+class Encoder(NamedTuple):
+    """An encoder on scaled inputs, with the norms of what its features write."""
+
+    W_enc: Float[Tensor, "n_features d_in"]
+    b_enc: Float[Tensor, " n_features"]
+    norms: Float[Tensor, " n_features"]  #: of the decoder rows, all written sites together
+
+
+class Exported(NamedTuple):
+    """The same encoder for the finished dictionary."""
+
+    W_enc: Float[Tensor, "n_features d_in"]
+    b_enc: Float[Tensor, " n_features"]
+    activation: Activation
+    unit_rows: bool = True  #: whether it is meant for decoder rows of norm 1, so that activations are what is written
+
+
+class Sparsity(nn.Module, abc.ABC):
+    """How features are kept few.
+
+    Law: what the exported activation function gives on the exported encoder is what `activations` gave in training,
+    times the norm of the feature's decoder row where rows are exported with norm 1.
+    """
+
+    def __init__(self, config: TrainingConfig, k: int) -> None:
+        super().__init__()
+        self.k, self.n_features = k, config.n_features
+
+    def prepare(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Float[Tensor, " n_features"]:
+        """Set the start on a sample of scaled inputs; returns the encoder bias to start from."""
+        return encoder.b_enc
+
+    @abc.abstractmethod
+    def select(
+        self, x: Float[Tensor, "tokens d_in"], encoder: Encoder, *, generator: torch.Generator, memory: float
+    ) -> ActiveSet:
+        """The features whose pre-activations are needed: all that fire, and those that get a gradient nevertheless.
+
+        memory: share of a running threshold that stays.
+        """
+
+    def activations(self, values: Float[Tensor, " entries"], active: ActiveSet) -> Float[Tensor, " entries"]:
+        """Activations of the selected pre-activations."""
+        return values
+
+    def extra_loss(
+        self,
+        values: Float[Tensor, " entries"],
+        activations: Float[Tensor, " entries"],
+        active: ActiveSet,
+        norms: Float[Tensor, " n_features"],
+    ) -> Tensor | float:
+        """The penalty, weighted; moves its weight along while gradients are on."""
+        return 0.0
+
+    def observe(self, values: Float[Tensor, " entries"], active: ActiveSet, fired: Tensor) -> None:
+        """Take note of a batch's activations and of which features fired in it."""
+        return None
+
+    def calibrate(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> None:
+        """Set what the finished dictionary needs, on scaled inputs."""
+        return None
+
+    def reopen(self, *, widen: float, k: int | None) -> None:
+        """Let features fire more widely from here on."""
+        self.k = k or self.k
+
+    @abc.abstractmethod
+    def export(self, encoder: Encoder) -> Exported:
+        """The encoder for unit decoder rows, and its activation function."""
+
+
+class Penalised(Sparsity):
+    """A sparsity that a penalty brings about; a controller moves its weight until k features a token fire.
+
+    `log weight += gain * e`, with `e = log(L0 / k)` cut to [-1, 1], and `damping * e` on top for the step itself: a
+    proportional-integral controller on the logarithm.
+    """
+
+    log_weight: Tensor  # []
+    gain, damping = 0.03, 0.5
+    first_weight = 0.03
+
+    def __init__(self, config: TrainingConfig, k: int) -> None:
+        super().__init__(config, k)
+        self.register_buffer("log_weight", torch.tensor(self.first_weight).log())
+
+    def controlled(self, fires: Float[Tensor, ""]) -> Float[Tensor, ""]:
+        """The weight for a batch in which `fires` features a token fire; moves it where a training step is made."""
+        error = (fires.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
+        if torch.is_grad_enabled():
+            self.log_weight.add_(self.gain * error)
+        return (self.log_weight + self.damping * error).exp()
+
+
+def positive(x: Tensor, encoder: Encoder, shift: Tensor | float = 0.0) -> ActiveSet:
+    """Features whose pre-activation plus `shift` is above zero."""
+    return select_above(x, encoder.W_enc, encoder.b_enc + shift, _SMALLEST)
+
+
+def bias_for(x: Tensor, encoder: Encoder, k: float) -> Float[Tensor, " n_features"]:
+    """The encoder bias at which every feature fires as often as the others, and k fire at a token."""
+    pre = x @ encoder.W_enc.T + encoder.b_enc
+    return encoder.b_enc - _level(pre, k)
+
+
+def _level(pre: Float[Tensor, "tokens n_features"], k: float) -> Float[Tensor, " n_features"]:
+    count = min(len(pre) - 1, max(1, round(k * len(pre) / pre.shape[1])))
+    return pre.topk(count + 1, dim=0).values[-1]

@@ -1,0 +1,157 @@
+"""ReLU with L1, JumpReLU and Gated: sparsity by a penalty."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from replacement.activation import JumpReLU, ReLU
+from replacement.training.config import TrainingConfig
+from replacement.training.sparse import ActiveSet
+from replacement.training.sparsity.base import Encoder, Exported, Penalised, bias_for, positive
+
+_START = 2.0  # times k features a token fire at the start
+_TANH_SCALE = 4.0  # c of Anthropic, January 2025
+_QUADRATIC_WEIGHT = 1.0
+
+
+def _unit(encoder: Encoder) -> tuple[Tensor, Tensor]:
+    return encoder.W_enc * encoder.norms[:, None], encoder.b_enc * encoder.norms
+
+
+class ReLUSparsity(Penalised):
+    """`max(pre, 0)` with the penalty `sum a |d|` (Bricken et al. 2023; Anthropic, April 2024)."""
+
+    def prepare(self, x: Tensor, encoder: Encoder) -> Tensor:
+        return bias_for(x, encoder, _START * self.k)
+
+    def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
+        return positive(x, encoder)
+
+    def activations(self, values: Tensor, active: ActiveSet) -> Tensor:
+        return torch.relu(values)
+
+    def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+        fires = (activations > 0).sum() / active.n_tokens
+        return self.controlled(fires) * _l1(activations, active, norms, self.k)
+
+    def export(self, encoder: Encoder) -> Exported:
+        return Exported(*_unit(encoder), ReLU())
+
+
+def _l1(activations: Tensor, active: ActiveSet, norms: Tensor, k: int) -> Tensor:
+    """`sum a |d|` per token, over k."""
+    return (activations * norms[active.feature.long()]).sum() / (active.n_tokens * k)
+
+
+class JumpReLUSparsity(Penalised):
+    """`pre * (pre > threshold)` with a learned threshold a feature (Rajamanoharan et al. 2024).
+
+    Penalty "tanh": `sum tanh(4 a |d|)`, its weight moved by the controller (Anthropic, January 2025). "quadratic":
+    `(L0 / k - 1)^2` of the batch. The step's derivative is a box of width `bandwidth` around the threshold, and flows
+    to the threshold and to the pre-activation, so to all parameters of the encoder.
+    """
+
+    threshold: nn.Parameter  # [n_features], float32, learned as it is: its logarithm hardly moves under Adam
+
+    def __init__(self, config: TrainingConfig, k: int) -> None:
+        super().__init__(config, k)
+        self.bandwidth, self.quadratic = config.bandwidth, config.penalty == "quadratic"
+        self.threshold = nn.Parameter(torch.zeros(config.n_features))
+
+    def prepare(self, x: Tensor, encoder: Encoder) -> Tensor:
+        with torch.no_grad():
+            self.threshold.fill_(self.bandwidth)
+        return bias_for(x, encoder, _START * self.k) + self.bandwidth
+
+    def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
+        return positive(x, encoder, self.bandwidth / 2 - self.threshold.detach())
+
+    def activations(self, values: Tensor, active: ActiveSet) -> Tensor:
+        return _Jump.apply(values, self.threshold.clamp_min(0.0)[active.feature.long()], self.bandwidth)
+
+    def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+        fires = (activations.detach() > 0).sum() / active.n_tokens
+        if self.quadratic:
+            threshold = self.threshold.clamp_min(0.0)[active.feature.long()]
+            l0 = _Step.apply(values, threshold, self.bandwidth).sum() / active.n_tokens
+            return _QUADRATIC_WEIGHT * (l0 / self.k - 1).square()
+        written = activations * norms[active.feature.long()]
+        return self.controlled(fires) * torch.tanh(_TANH_SCALE * written).sum() / (active.n_tokens * self.k)
+
+    def export(self, encoder: Encoder) -> Exported:
+        threshold = self.threshold.detach().clamp_min(0.0) * encoder.norms
+        return Exported(*_unit(encoder), JumpReLU(threshold))
+
+
+class GatedSparsity(Penalised):
+    """A gate chooses, a magnitude path with tied directions measures (Rajamanoharan et al. 2024, "Gated").
+
+    With `g = x W_enc^T + b_enc`: `a = [g > 0] relu(exp(r_mag) (g - b_enc) + b_mag)`. The penalty is L1 on
+    `relu(g) |d|`, d held fixed, and the gate also reconstructs by itself through the frozen decoder (the trainer adds
+    that loss). The finished dictionary is the JumpReLU that it equals: rows `exp(r_mag) W_enc`, threshold
+    `b_mag - exp(r_mag) b_enc`.
+    """
+
+    r_mag: nn.Parameter  # [n_features]
+    shift: nn.Parameter  # [n_features], b_mag - exp(r_mag) b_enc: the threshold of the JumpReLU that this equals
+
+    def __init__(self, config: TrainingConfig, k: int) -> None:
+        super().__init__(config, k)
+        self.r_mag = nn.Parameter(torch.zeros(config.n_features))
+        self.shift = nn.Parameter(torch.zeros(config.n_features))
+
+    def prepare(self, x: Tensor, encoder: Encoder) -> Tensor:
+        return bias_for(x, encoder, _START * self.k)
+
+    def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
+        return positive(x, encoder)
+
+    def activations(self, values: Tensor, active: ActiveSet) -> Tensor:
+        feature = active.feature.long()
+        gate = values.detach() > 0
+        return torch.relu(self.r_mag.exp()[feature] * values + self.shift[feature]) * gate
+
+    def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+        fires = (activations.detach() > 0).sum() / active.n_tokens
+        return self.controlled(fires) * _l1(torch.relu(values), active, norms.detach(), self.k)
+
+    def export(self, encoder: Encoder) -> Exported:
+        """`a = pre [pre > max(threshold, 0)]` with `pre = exp(r_mag) g + shift`: the gate is open where pre > shift."""
+        scale = self.r_mag.detach().exp()
+        W_enc, b_enc = encoder.W_enc * scale[:, None], encoder.b_enc * scale + self.shift.detach()
+        threshold = self.shift.detach().clamp_min(0.0)
+        norms = encoder.norms
+        return Exported(W_enc * norms[:, None], b_enc * norms, JumpReLU(threshold * norms))
+
+
+class _Jump(torch.autograd.Function):
+    """`v [v > t]`, whose step has a box of width `bandwidth` as its derivative."""
+
+    @staticmethod
+    def forward(ctx, values, threshold, bandwidth):
+        ctx.save_for_backward(values, threshold)
+        ctx.bandwidth = bandwidth
+        return values * (values > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, threshold = ctx.saved_tensors
+        box = ((values - threshold).abs() < ctx.bandwidth / 2) * (threshold / ctx.bandwidth)
+        return grad * ((values > threshold) + box), -grad * box, None
+
+
+class _Step(torch.autograd.Function):
+    """`[v > t]`, with a box of width `bandwidth` as its derivative."""
+
+    @staticmethod
+    def forward(ctx, values, threshold, bandwidth):
+        ctx.save_for_backward(values, threshold)
+        ctx.bandwidth = bandwidth
+        return (values > threshold).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        values, threshold = ctx.saved_tensors
+        box = ((values - threshold).abs() < ctx.bandwidth / 2) / ctx.bandwidth
+        return grad * box, -grad * box, None

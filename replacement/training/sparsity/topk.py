@@ -1,0 +1,77 @@
+"""TopK and BatchTopK: a fixed number of features, at every token or on average over a batch."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from replacement.activation import BatchTopK, JumpReLU, TopK
+from replacement.training.config import TrainingConfig
+from replacement.training.sparse import ActiveSet, select_above, select_top
+from replacement.training.sparsity.base import Encoder, Exported, Sparsity
+
+_SAMPLE_ROWS = 128  # tokens whose pre-activations estimate the threshold
+
+
+class TopKSparsity(Sparsity):
+    """The k largest pre-activations of every token (Gao et al. 2024, without their ReLU)."""
+
+    def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
+        return select_top(x, encoder.W_enc, encoder.b_enc, self.k)
+
+    def export(self, encoder: Encoder) -> Exported:
+        """Rows keep their length: which are the largest would change with it."""
+        return Exported(encoder.W_enc, encoder.b_enc, TopK(self.k), unit_rows=False)
+
+
+class BatchTopKSparsity(Sparsity):
+    """k features a token on average (Bussmann et al. 2024), by a running threshold on what a feature writes, `a |d|`.
+
+    The threshold is estimated on a sample of each batch and remembered, so that training chooses as inference does.
+    With a floor, a feature fires only above that share of its own usual peak.
+    """
+
+    threshold: Tensor  # [], above it a feature fires
+    peak: Tensor  # [n_features], usual highest activation in a batch
+
+    def __init__(self, config: TrainingConfig, k: int) -> None:
+        super().__init__(config, k)
+        self.floor = config.floor
+        self.register_buffer("threshold", torch.tensor(0.0))
+        self.register_buffer("peak", torch.zeros(config.n_features))
+
+    def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
+        rows = torch.randperm(len(x), generator=generator)[:_SAMPLE_ROWS]
+        now = self._threshold_for_k(x[rows].detach(), encoder)
+        self.threshold.copy_(now if self.threshold == 0 else memory * self.threshold + (1 - memory) * now)
+        levels = torch.maximum(self.threshold / encoder.norms, self.floor * self.peak)
+        return select_above(x, encoder.W_enc / levels[:, None], encoder.b_enc / levels)
+
+    def observe(self, values: Tensor, active: ActiveSet, fired: Tensor) -> None:
+        highest = torch.zeros_like(self.peak).scatter_reduce(0, active.feature.long(), values, "amax")
+        self.peak.mul_(torch.where(fired, 0.9, 0.998)).add_(0.1 * highest)
+
+    @torch.no_grad()
+    def _threshold_for_k(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Tensor:
+        """The threshold on `a |d|` that k features a token pass on average, of those above their floor."""
+        pre = F.linear(x, encoder.W_enc, encoder.b_enc)
+        written = torch.where(pre > self.floor * self.peak, pre * encoder.norms, 0.0).flatten()
+        return written.kthvalue(written.numel() - self.k * len(x) + 1).values.clamp_min(1e-4)
+
+    def calibrate(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> None:
+        self.threshold.copy_(self._threshold_for_k(x, encoder))
+
+    def reopen(self, *, widen: float, k: int | None) -> None:
+        super().reopen(widen=widen, k=k)
+        if widen:
+            self.floor = 0.0
+            self.threshold.zero_()
+
+    def export(self, encoder: Encoder) -> Exported:
+        """One threshold for all features, or with a floor one for each."""
+        norms, activation = encoder.norms, BatchTopK(self.threshold.clone(), self.k)
+        if self.floor:
+            activation = JumpReLU(torch.maximum(self.threshold, self.floor * self.peak * norms))  # type: ignore[assignment]
+        return Exported(encoder.W_enc * norms[:, None], encoder.b_enc * norms, activation)

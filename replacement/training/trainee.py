@@ -1,0 +1,169 @@
+"""All dictionaries of one run while they are being trained: coders, biases of the written sites, scales, the loss.
+
+Several dictionaries may write to one site (cross-layer transcoders); what they write there adds up. Knows nothing of
+optimisers, streams or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from replacement.dictionary import LinearEncoder
+from replacement.errors import InputError
+from replacement.training import kinds
+from replacement.training.coder import Coder, Pass
+from replacement.training.config import TrainingConfig
+from replacement.training.kinds import Plan, Weights
+from replacement.training.source import Activations
+
+
+class Losses(NamedTuple):
+    """The loss of a batch in its parts, and figures of the batch."""
+
+    reconstruction: Float[Tensor, ""]  #: sum over written sites, mean over nested prefixes, in scaled units
+    penalty: Tensor | float
+    dead: Tensor | float  #: what the remedy for dead features adds, not yet weighted
+    fvu: Float[Tensor, " n_written"]  #: of this batch
+    l0: Float[Tensor, " n_coders"]  #: of this batch
+    errors: dict[str, Float[Tensor, "tokens d_out"]]  #: what the whole dictionaries missed, scaled, constant
+
+
+class Trainee(nn.Module):
+    """The dictionaries of one run."""
+
+    scale: Tensor  # [n_sites], activations times it have norm sqrt(width) on average
+
+    def __init__(self, planned: Sequence[Plan], sample: Activations, config: TrainingConfig) -> None:
+        """Start from a sample of activations: scales and output means from it, features as `config.start` says."""
+        super().__init__()
+        self.planned, self.config = tuple(planned), config
+        self.sites = kinds.sites(planned)
+        self.written = tuple(dict.fromkeys(name for plan in planned for name in plan.writes))
+        if missing := [name for name in self.sites if name not in sample]:
+            raise InputError(f"train: the source has no {missing[0]}; it has {', '.join(sample)}")
+        given = {name: sample[name].float() for name in self.sites}
+        for name, tensor in given.items():
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"train: activations at {name} are not finite (NaN or inf) in the first buffer")
+        lengths = torch.stack([tensor.shape[1] ** 0.5 / tensor.norm(dim=1).mean() for tensor in given.values()])
+        if not torch.isfinite(lengths).all():
+            raise InputError(f"train: activations at {self.sites[int(lengths.argmax())]} are all zero")
+        self.register_buffer("scale", lengths)
+        scaled = {name: given[name] * self.scale_of(name) for name in self.sites}
+        self.b_dec = nn.ParameterList(nn.Parameter(scaled[name].mean(0)) for name in self.written)
+        self.coders = nn.ModuleList(
+            Coder(
+                plan,
+                torch.cat([scaled[name] for name in plan.reads], 1),
+                torch.stack([scaled[name] for name in plan.writes], 1),
+                config=config,
+                index=index,
+                count=len(planned),
+                shared=sum(plan.writes[-1] in other.writes for other in planned),
+            )
+            for index, plan in enumerate(planned)
+        )
+
+    def __iter__(self) -> Iterator[Coder]:
+        """The dictionaries, in the order of their plans."""
+        return (cast(Coder, coder) for coder in self.coders)
+
+    def scale_of(self, name: str) -> Float[Tensor, ""]:
+        """The factor that brings a site's activations to scaled units."""
+        return self.scale[self.sites.index(name)]
+
+    def read(self, coder: Coder, activations: Activations) -> Float[Tensor, "tokens d_in"]:
+        """A coder's scaled input."""
+        return torch.cat([activations[name].float() * self.scale_of(name) for name in coder.plan.reads], 1)
+
+    def bias(self, name: str) -> Float[Tensor, " d_out"]:
+        """The output bias of a written site, in scaled units."""
+        return self.b_dec[self.written.index(name)]
+
+    def forward(self, activations: Activations, *, generator: torch.Generator, memory: float) -> Losses:
+        """The loss of a batch of unscaled activations.
+
+        `sum over written sites of mean over prefixes of |y - y_p|^2 / d`, y with mean square about 1.
+        """
+        out = {name: self.bias(name)[None, None] for name in self.written}
+        gated = {name: self.bias(name).detach()[None] for name in self.written}
+        inputs, passes = [], []
+        for coder in self:
+            x = self.read(coder, activations)
+            one = coder(x, generator=generator, memory=memory)
+            inputs.append(x)
+            passes.append(one)
+            for j, name in enumerate(coder.plan.writes):
+                out[name] = out[name] + one.parts[:, :, j]
+                if one.gate is not None:
+                    gated[name] = gated[name] + one.gate[:, j]
+            if coder.W_skip is not None:
+                out[coder.plan.writes[0]] = out[coder.plan.writes[0]] + coder.skip(x)[:, None]  # type: ignore[index]
+        wanted = {name: activations[name].float() * self.scale_of(name) for name in self.written}
+        missed = {name: wanted[name][:, None] - out[name] for name in self.written}
+        reconstruction = torch.stack([error.pow(2).mean() for error in missed.values()]).sum()
+        if any(one.gate is not None for one in passes):
+            alone = [(wanted[name] - gated[name]).pow(2).mean() for name in self.written]
+            reconstruction = reconstruction + torch.stack(alone).sum()
+        errors = {name: error[:, -1].detach() for name, error in missed.items()}
+        return Losses(
+            reconstruction,
+            sum((one.penalty for one in passes), start=0.0),
+            self._dead_loss(inputs, errors, generator),
+            torch.stack([_unexplained(errors[name], wanted[name]) for name in self.written]),
+            torch.stack([_l0(one) for one in passes]),
+            errors,
+        )
+
+    def error_of(self, coder: Coder, errors: dict[str, Tensor]) -> Float[Tensor, "tokens n_writes d_out"]:
+        """What all dictionaries missed at the sites that a coder writes."""
+        return torch.stack([errors[name] for name in coder.plan.writes], 1)
+
+    def _dead_loss(self, inputs: list[Tensor], errors: dict[str, Tensor], generator: torch.Generator) -> Tensor | float:
+        if not self.config.dead_weight:
+            return 0.0
+        losses = [
+            coder.dead_loss(x, self.error_of(coder, errors), generator) for coder, x in zip(self, inputs, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    @torch.no_grad()
+    def calibrate(self, activations: Activations) -> None:
+        """Set what the finished activation functions need, on a sample of unscaled activations."""
+        for coder in self:
+            coder.calibrate(self.read(coder, activations))
+
+    @torch.no_grad()
+    def dictionaries(self) -> list[LinearEncoder]:
+        """The same maps on unscaled activations: input scales in the encoders, output scales in the decoders."""
+        return [self._dictionary(coder) for coder in self]
+
+    def _dictionary(self, coder: Coder) -> LinearEncoder:
+        exported, W_dec = coder.export()
+        per_part = coder.W_enc.shape[1] // len(coder.plan.reads)
+        into = torch.stack([self.scale_of(name) for name in coder.plan.reads]).repeat_interleave(per_part)
+        out = torch.stack([self.scale_of(name) for name in coder.plan.writes])
+        b_dec = torch.stack([self.bias(name).detach() for name in coder.plan.writes])
+        skip = None if coder.W_skip is None else coder.W_skip.detach() * (into[0] / out[0])
+        weights = Weights(
+            W_enc=exported.W_enc * into,
+            b_enc=exported.b_enc.clone(),
+            W_dec=W_dec / out[:, None],
+            b_dec=b_dec / out[:, None],
+            W_skip=skip,
+            activation=exported.activation,
+        )
+        return kinds.build(coder.plan, weights)
+
+
+def _unexplained(error: Tensor, wanted: Tensor) -> Float[Tensor, ""]:
+    return error.pow(2).sum() / (wanted - wanted.mean(0)).pow(2).sum().clamp_min(1e-12)
+
+
+def _l0(one: Pass) -> Float[Tensor, ""]:
+    return (one.activations.detach() != 0).sum() / one.active.n_tokens

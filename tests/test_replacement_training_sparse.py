@@ -1,0 +1,193 @@
+"""Laws of the sparse kernels: what they choose is what the dense product would choose, and values, sums and all
+gradients equal those of plain matrix products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from replacement.training.sparse import (
+    ActiveSet,
+    choice,
+    decode_active,
+    encode_active,
+    preselect,
+    select,
+    select_above,
+    select_batch_top,
+    select_top,
+)
+
+SIZES = [  # tokens, d_in, n_features, k: candidates by groups, small enough for the plain way, odd widths, k too large
+    (37, 24, 4096, 32),
+    (300, 24, 1024, 5),
+    (300, 24, 1000, 5),
+    (50, 8, 30, 7),
+    (9, 5, 24, 40),
+    (0, 5, 1024, 4),
+]
+
+
+def weights(n_tokens: int, d_in: int, n_features: int, *, seed: int = 0, dtype=torch.float32, shift: float = -1.0):
+    """Random inputs (one zero, one long, one all equal), encoder rows and biases."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_tokens, d_in, dtype=dtype, generator=generator)
+    if n_tokens > 5:
+        x[0], x[5] = 0, -1
+        x[1] *= 100
+    W_enc = torch.randn(n_features, d_in, dtype=dtype, generator=generator)
+    return x, W_enc, torch.randn(n_features, dtype=dtype, generator=generator) + shift
+
+
+def flat(active: ActiveSet) -> torch.Tensor:
+    return active.token * active.n_features + active.feature
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_top_of_each_token_is_the_dense_top(size, dtype, native, monkeypatch) -> None:
+    """Candidates lose none of the k largest, whether the processor multiplies in bfloat16 or only the result is rounded
+    to it; negative ones count where few are positive."""
+    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda device: native)
+    *shape, k = size
+    for shift in (-1.0, -8.0):
+        x, W_enc, b_enc = weights(*shape, dtype=dtype, shift=shift)
+        pre = x @ W_enc.T + b_enc
+        active = select_top(x, W_enc, b_enc, k)
+        expected = pre.topk(min(k, shape[2])).indices.sort().values
+        assert torch.equal(active.feature.view(expected.shape), expected)
+        assert torch.equal(active.token, torch.arange(shape[0]).repeat_interleave(min(k, shape[2])))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_top_of_a_batch_is_the_dense_top(size: tuple[int, ...], weighted: bool) -> None:
+    """The k * tokens largest positive, wherever in the batch; all positive ones where those are fewer."""
+    *shape, k = size
+    for shift in (-1.0, -8.0):
+        x, W_enc, b_enc = weights(*shape, shift=shift)
+        weight = torch.rand(shape[2], generator=torch.Generator().manual_seed(1)) + 0.1 if weighted else None
+        strength = torch.relu(x @ W_enc.T + b_enc) * (1 if weight is None else weight)
+        wanted = min(k * shape[0], int((strength > 0).sum()))
+        expected = strength.flatten().topk(wanted).indices.sort().values
+        assert torch.equal(flat(select_batch_top(x, W_enc, b_enc, k, weight)), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), scale=st.floats(1e-3, 1e3), spread=st.floats(0, 3), k=st.integers(1, 16))
+def test_rounding_never_costs_a_feature(seed: int, scale: float, spread: float, k: int) -> None:
+    """The margin covers bfloat16 for rows of any length and for near ties: what is chosen is within float32 rounding
+    of the k largest."""
+    x, W_enc, b_enc = weights(20, 16, 512, seed=seed, shift=0.0)
+    W_enc = (W_enc[:1] + 1e-3 * W_enc) if seed % 3 == 0 else W_enc
+    W_enc = W_enc * scale * torch.logspace(-spread, spread, 512).unsqueeze(1)
+    pre = x @ W_enc.T + b_enc
+    chosen = pre.flatten()[flat(select_top(x, W_enc, b_enc, k))].view(20, k).sort(descending=True).values
+    torch.testing.assert_close(chosen, pre.topk(k).values, rtol=1e-5, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("n_features", [64, 40, 33])
+def test_selection_is_the_comparison_with_the_threshold(n_features: int) -> None:
+    """Comparing bits as integers, words at a time, is comparing positive floats; entries come by token and feature."""
+    pre = torch.randn(50, n_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pre[0, 0], pre[0, 1], pre[0, 2] = torch.tensor(0.8), -torch.inf, torch.inf
+    active = select(pre, 0.8)
+    expected = (pre > torch.tensor(0.8).bfloat16()).nonzero()
+    assert torch.equal(torch.stack([active.token, active.feature], 1), expected)
+
+
+def test_selection_chunk_by_chunk_equals_selection_at_once() -> None:
+    """Never holding all pre-activations changes nothing but what lies within rounding of the threshold."""
+    x, W_enc, b_enc = weights(300, 24, 8192)
+    x[1] /= 100
+    far = ((x @ W_enc.T + b_enc - 1).abs() > 0.3).flatten()
+    once, chunks = select(preselect(x, W_enc, b_enc), 1.0), select_above(x, W_enc, b_enc, 1.0)
+    assert torch.equal(*(flat(each)[far[flat(each)]] for each in (once, chunks)))
+    assert (chunks.n_tokens, chunks.n_features) == (once.n_tokens, once.n_features) == (300, 8192)
+
+
+def test_the_order_by_feature_is_the_transposed_set() -> None:
+    """`by_feature` lists the entries by feature, then token, with each feature's beginning."""
+    active = select_top(*weights(40, 8, 256), 3)
+    order, token, starts = active.by_feature
+    keys = active.feature[order] * 40 + token
+    assert torch.equal(keys, keys.sort().values)
+    assert torch.equal(torch.diff(starts, append=torch.tensor([len(order)])), active.counts())
+    assert torch.equal(active.counts(), torch.bincount(active.feature, minlength=256))
+
+
+def dense(x, W_enc, b_enc, W_dec, active, prefixes):
+    """The three-line meaning of `decode_active` after `encode_active`."""
+    mask = torch.zeros(active.n_tokens, active.n_features, dtype=x.dtype)
+    mask[active.token, active.feature] = 1
+    values = (x @ W_enc.T + b_enc) * mask
+    return torch.stack([values[:, :p] @ W_dec[:p] for p in (*prefixes, active.n_features)], 1)
+
+
+def sparse(x, W_enc, b_enc, W_dec, active, prefixes):
+    return decode_active(encode_active(x, W_enc, b_enc, active), W_dec, active, prefixes)
+
+
+@pytest.mark.parametrize("mkl", [True, False])
+@pytest.mark.parametrize("prefixes", [(), (8,), (3, 10)])
+def test_sparse_decoding_equals_dense_with_all_gradients(prefixes, mkl, monkeypatch) -> None:
+    """The kernels are an optimisation: outputs and every gradient agree with plain matrix products in float64."""
+    if not mkl:
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    torch.manual_seed(0)
+    tensors = [torch.randn(*s, dtype=torch.float64) for s in ((11, 5), (24, 5), (24,), (24, 7))]
+    active = select(preselect(*tensors[:3]), 0.7)
+    sides = []
+    for decode in (sparse, dense):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = decode(*leaves, active, prefixes)
+        (out * torch.arange(out.numel(), dtype=out.dtype).view_as(out).cos()).sum().backward()
+        sides.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for fast, plain in zip(*sides, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+@pytest.mark.parametrize("prefixes", [(), (3, 10)])
+def test_gradients_pass_gradcheck(prefixes: tuple[int, ...]) -> None:
+    """Encoding and decoding each, against finite differences."""
+    torch.manual_seed(0)
+    x, W_enc, b_enc, W_dec = (torch.randn(*s, dtype=torch.float64) for s in ((4, 3), (16, 3), (16,), (16, 2)))
+    active = select_top(x, W_enc, b_enc, 3)
+    values = torch.randn(12, dtype=torch.float64)
+    leaves = [t.requires_grad_() for t in (x, W_enc, b_enc, values, W_dec)]
+    assert torch.autograd.gradcheck(lambda *a: encode_active(*a, active), tuple(leaves[:3]))
+    assert torch.autograd.gradcheck(lambda v, w: decode_active(v, w, active, prefixes), tuple(leaves[3:]))
+
+
+def test_no_gradient_is_made_that_nobody_asked_for() -> None:
+    """A frozen decoder or input costs nothing and gets None."""
+    x, W_enc, b_enc = weights(20, 8, 128)
+    W_enc.requires_grad_()
+    active = select_top(x, W_enc, b_enc, 3)
+    W_dec = torch.randn(128, 8)
+    decode_active(encode_active(x, W_enc, b_enc, active), W_dec, active).sum().backward()
+    assert W_enc.grad is not None and x.grad is None and b_enc.grad is None and W_dec.grad is None
+
+
+def test_an_empty_set_writes_nothing_and_gives_zero_gradients() -> None:
+    """Early in training nothing may fire."""
+    x, W_enc, b_enc = (t.requires_grad_() for t in weights(6, 4, 64))
+    W_dec = torch.randn(64, 3, requires_grad=True)
+    none = torch.empty(0, dtype=torch.long)
+    out = sparse(x, W_enc, b_enc, W_dec, ActiveSet(none, none, 6, 64), (8,))
+    out.sum().backward()
+    assert out.shape == (6, 2, 3) and not out.any()
+    for leaf in (x, W_enc, b_enc, W_dec):
+        assert not leaf.grad.any()
+
+
+def test_values_are_the_pre_activations_of_the_active() -> None:
+    """In the precision of the weights, whatever the choice was made by."""
+    x, W_enc, b_enc = weights(30, 24, 1024)
+    active = select_top(x, W_enc, b_enc, 4)
+    expected = F.linear(x, W_enc, b_enc)[active.token, active.feature]
+    torch.testing.assert_close(encode_active(x, W_enc, b_enc, active), expected, rtol=1e-5, atol=1e-4)
