@@ -22,6 +22,7 @@ COMMANDS = {
     "show": "summarise a stored graph in words",
     "prune": "keep what matters of a stored graph",
     "export": "write a stored graph in other formats",
+    "eval": "measure how good dictionaries are",
     "models": "list the models that ship with the package",
 }
 """Command -> one line of help; each is a module `circuits.commands.NAME` with `configure(parser)`, `run(arguments)`."""

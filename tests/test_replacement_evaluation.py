@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from replacement.activation import JumpReLU
 from replacement.errors import InputError
 from replacement.evaluation import ReconstructionMeter, ReplacementMeter, evaluate_reconstruction, evaluate_replacement
+from replacement.evaluation.reconstruction import ErrorMeter, FiringMeter
 from tests.tiny import random_transcoder
 
 
@@ -40,6 +43,33 @@ def test_streamed_reconstruction_equals_its_definition(skip: bool) -> None:
     assert found.l0 == pytest.approx(fires.sum().item() / 100)
     assert found.dead == pytest.approx((~fires.any(0)).float().mean().item())
     assert (found.tokens, found.n_features, found.layer) == (100, 24, 0)
+    assert found.dense == pytest.approx((fires.double().mean(0) > 0.1).double().mean().item())
+    assert found.nmse == pytest.approx((error.square().sum() / y.double().square().sum()).item(), rel=1e-6)
+    assert found.cosine == pytest.approx(torch.cosine_similarity(dictionary(x), y).mean().item(), rel=1e-5)
+
+
+def test_densities_are_counted_in_logarithmic_bins() -> None:
+    """Every living feature is in the bin of its rate, dead ones are apart, and nothing is lost between batches."""
+    generator = torch.Generator().manual_seed(0)
+    rates = torch.tensor([0.0, 0.001, 0.01, 0.02, 0.1, 0.5, 1.0])
+    activations = (torch.rand(1000, 7, generator=generator) < rates).float()
+    meter = FiringMeter(7)
+    for part in activations.split(170):
+        meter.update(part)
+    found, measured = meter.histogram(), activations.double().mean(0)
+    assert found.dead == int((measured == 0).sum()) and sum(found.counts) + found.dead == 7
+    for number, count in enumerate(found.counts):
+        low, high = 10 ** found.edges[number], 10 ** found.edges[number + 1]
+        inside = (measured >= low * (1 - 1e-9)) & (measured < high * (1 - 1e-9))
+        assert count == int(inside.sum()) + int(number == len(found.counts) - 1) * int((measured == 1).sum())
+    assert meter.figures().dense == pytest.approx((measured > 0.1).double().mean().item())
+
+
+def test_an_approximation_that_is_zero_has_no_cosine_and_misses_all() -> None:
+    meter = ErrorMeter()
+    meter.update(torch.ones(3, 2), torch.zeros(3, 2))
+    found = meter.figures()
+    assert found.cosine == 0 and found.nmse == 1 and math.isnan(found.fvu), "what does not vary has no variance"
 
 
 def test_a_perfect_dictionary_has_no_unexplained_variance() -> None:

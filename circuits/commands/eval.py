@@ -1,0 +1,221 @@
+"""`circuits eval`: how good dictionaries are, as a table, as JSON and as pictures."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from circuits.commands.options import add, print_json
+
+if TYPE_CHECKING:
+    from circuits.quality import Quality
+
+LOAD = "replacement.model:ReplacementModel.load"
+MEASURE = "circuits.quality:measure"
+DATA, TOKENS, CONTEXT, PROMPTS = "atlas", 16384, 128, 50
+EMBEDDED = "atlas"
+"""The shipped model, which brings documents, questions and labels of its own."""
+
+
+ALL = ("reconstruction", "replacement", "sites", "baselines", "probing", "absorption", "graphs")
+SHOWN = ("reconstruction", "replacement", "graphs")
+"""What the table of several sets has columns for."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Name the command's arguments."""
+    model = parser.add_argument_group("model")
+    add(model, LOAD, "--model", "a shipped model, a Hugging Face directory, or a hub id")
+    model.add_argument(
+        "--dictionaries",
+        action="append",
+        metavar="SET",
+        help="a set that comes with the model, a folder, a hub id, or 'neurons'; repeat it to compare several "
+        "(default: the model's first set)",
+    )
+    model.add_argument("--against", metavar="SET", help="the same trained with another seed: adds stability")
+    add(model, LOAD, "--dtype", "float32, float64, bfloat16 or float16")
+    add(model, LOAD, "--device", "a torch device such as cpu or cuda")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        default=DATA,
+        help="held-out documents: 'atlas' (its own generator), a text or .jsonl file, or a data set "
+        "(default: %(default)s)",
+    )
+    data.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="tokens to read (default: %(default)s)")
+    data.add_argument(
+        "--context", type=int, metavar="N", help=f"tokens of a document (default: {CONTEXT}, or what the model takes)"
+    )
+    data.add_argument("--prompts", type=Path, metavar="FILE", help="prompts for graphs' scores, one a line")
+    data.add_argument("--labels", type=Path, metavar="FILE", help='probes: JSON {"task": {"yes": [...], "no": [...]}}')
+    what = parser.add_argument_group("what to measure")
+    what.add_argument(
+        "--measure",
+        metavar="LIST",
+        help=f"with commas between them: {', '.join(ALL)} (default: all of them; of several sets {', '.join(SHOWN)}, "
+        "unless --json is given)",
+    )
+    add(what, MEASURE, "--replace-first", "replace position 0 (BOS) like any other", action="store_true")
+    out = parser.add_argument_group("output")
+    out.add_argument("--plots", type=Path, metavar="DIR", help="write pictures there (needs matplotlib)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load, measure, report."""
+    started = perf_counter()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `trace`
+    if arguments.plots is not None:
+        from circuits.plots import require_matplotlib
+
+        require_matplotlib(arguments.plots)
+    from circuits.display import stages
+    from circuits.display_eval import show_qualities
+
+    _check(arguments)
+    with stages() as progress:
+        progress.begin(f"loading {arguments.model}")
+        qualities = _measure_all(arguments, progress)
+    files = {}
+    if arguments.plots is not None:
+        from circuits.plots import write_plots
+
+        files = write_plots(qualities, arguments.plots)
+    seconds = perf_counter() - started
+    if arguments.json:
+        from circuits.report import as_json
+
+        sets = [finite(as_json(one)) for one in qualities]
+        written = [str(path) for path in files]
+        settings = {name: getattr(arguments, name) for name in ("model", "data", "tokens", "context", "replace_first")}
+        print_json({"sets": sets, "settings": settings, "files": written, "seconds": round(seconds, 3)})
+    else:
+        show_qualities(qualities, model=arguments.model, data=arguments.data, files=files, took=f"{seconds:.1f} s")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from replacement.errors import InputError
+
+    for name in ("tokens", "context"):
+        value = getattr(arguments, name)
+        if value is not None and value < 2:
+            raise InputError(f"--{name} {value}: needs at least 2")
+    several = len(arguments.dictionaries or ()) > 1 and not arguments.json
+    if arguments.measure is None:
+        arguments.measure = SHOWN if several else ALL
+    else:
+        names = [part.strip() for part in arguments.measure.split(",")]
+        if unknown := [name for name in names if name not in ALL]:
+            raise InputError(f"--measure {unknown[0]!r}: no such measure; have {', '.join(ALL)}")
+        arguments.measure = names
+
+
+def _measure_all(arguments: argparse.Namespace, progress: Any) -> list[Quality]:
+    from circuits.quality import Documents, measure
+    from replacement.errors import InputError
+    from replacement.loading import load_bridge
+    from replacement.model import DTYPES
+
+    if arguments.dtype not in DTYPES:
+        raise InputError(f"--dtype {arguments.dtype!r}: needs one of {', '.join(DTYPES)}")
+    bridge, folder = load_bridge(arguments.model, DTYPES[arguments.dtype], arguments.device)
+    names = arguments.dictionaries or [None]
+    sets = [_set(name, bridge, folder, arguments.model) for name in names]
+    against = None if arguments.against is None else _set(arguments.against, bridge, folder, arguments.model)
+    context = min(arguments.context or CONTEXT, int(bridge.cfg.n_ctx))
+    source = _open(arguments.data, bridge, context)
+    features = max(sum(dictionary.n_features for dictionary in one) for one in sets)
+    vocabulary = int(bridge.cfg.d_vocab)
+    documents = Documents(source, tokens=arguments.tokens, vocabulary=vocabulary, features=features)
+    prompts, tasks = _prompts(arguments), _tasks(arguments, bridge)
+
+    def advance(what: str, done: int, total: int) -> None:
+        if done == 0:
+            progress.begin(f"{dictionaries.name}: {what}")
+        else:
+            progress.advance(done, total)
+
+    found = []
+    for dictionaries in sets:
+        found.append(
+            measure(
+                bridge,
+                dictionaries,
+                documents,
+                model=arguments.model,
+                measures=arguments.measure,
+                against=against,
+                prompts=prompts,
+                tasks=tasks,
+                replace_first=arguments.replace_first,
+                advance=advance,
+            )
+        )
+    return found
+
+
+def _set(name: str | None, bridge: Any, folder: Path | None, model: str) -> Any:
+    import torch
+
+    from replacement import formats
+    from replacement.neurons import neurons
+
+    if name == "neurons":
+        dtype = torch.float64 if next(bridge.parameters()).dtype == torch.float64 else torch.float32
+        return neurons(bridge, dtype)
+    return formats.load(formats.find(name, folder, model))
+
+
+def _open(data: str, bridge: Any, context: int) -> Any:
+    from replacement.training.data import open_tokens
+
+    return open_tokens(data, model=bridge, context=context, split="held_out")
+
+
+def _prompts(arguments: argparse.Namespace) -> Sequence[Any] | None:
+    from replacement.errors import InputError
+
+    if arguments.prompts is not None:
+        try:
+            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as problem:
+            raise InputError(f"--prompts {str(arguments.prompts)!r}: can't be read ({problem})") from problem
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise InputError(f"--prompts {str(arguments.prompts)!r}: holds no prompt; write one a line")
+        return found
+    if arguments.model != EMBEDDED or arguments.data != DATA:
+        return None
+    import torch
+
+    from replacement.pretrained.recipe.tasks import build
+
+    questions = [question for name, asked in build().items() for question in asked if name.startswith("two_hop")]
+    order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(0))[:PROMPTS]
+    return [torch.tensor(questions[i].ids) for i in order.tolist()]
+
+
+def _tasks(arguments: argparse.Namespace, bridge: Any) -> Any:
+    if arguments.labels is not None:
+        from circuits.labels import read_labels
+
+        return read_labels(arguments.labels, bridge.tokenizer)
+    if arguments.model != EMBEDDED or arguments.data != DATA:
+        return None
+    from replacement.pretrained.recipe.probes import probe_tasks
+
+    return probe_tasks()
+
+
+def finite(value: Any) -> Any:
+    """Return JSON values with null where a figure is not a number."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

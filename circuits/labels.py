@@ -1,0 +1,59 @@
+"""Labels for probes from a file: which words have a property, and which have not.
+
+`{"colour": {"yes": ["red", "blue"], "no": ["one", "two"]}}`; without "no", every other token is a negative example.
+Knows tokenizers; nothing of probes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from replacement.errors import InputError
+
+Labelling = Callable[[Int[Tensor, "documents pos"]], Int[Tensor, "documents pos"]]
+
+
+def read_labels(path: Path, tokenizer: Any) -> dict[str, Labelling]:
+    """Task -> labels of tokens: 1 for words of "yes", 0 for words of "no", -1 for others.
+
+    A word counts where it is one token, with or without a space before it. Raises `InputError` for a file that can't be
+    read, holds something else, or a task none of whose words is one token.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise InputError(f"--labels {str(path)!r}: not readable JSON ({problem})") from problem
+    if not isinstance(given, dict) or not all(_is_task(task) for task in given.values()):
+        raise InputError(f'--labels {str(path)!r}: needs {{"task": {{"yes": ["word", ...], "no": ["word", ...]}}}}')
+    return {name: _labelling(name, task, tokenizer, path) for name, task in given.items()}
+
+
+def _is_task(task: Any) -> bool:
+    return (
+        isinstance(task, dict)
+        and {"yes"} <= task.keys() <= {"yes", "no"}
+        and all(isinstance(words, list) and all(isinstance(word, str) for word in words) for words in task.values())
+    )
+
+
+def _labelling(name: str, task: dict[str, list[str]], tokenizer: Any, path: Path) -> Labelling:
+    table = torch.full((len(tokenizer),), -1 if "no" in task else 0)
+    table[tokenizer.all_special_ids] = -1
+    for key, value in (("no", 0), ("yes", 1)):
+        ids = [token for word in task.get(key, []) for token in _single(word, tokenizer)]
+        if key in task and not ids:
+            raise InputError(f"--labels {str(path)!r}: none of the {key!r} words of {name!r} is one token of the model")
+        table[ids] = value
+    return lambda tokens: table[tokens.cpu()]
+
+
+def _single(word: str, tokenizer: Any) -> list[int]:
+    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (word, f" {word}")]
+    return [ids[0] for ids in found if len(ids) == 1 and ids[0] != tokenizer.unk_token_id]

@@ -1,0 +1,236 @@
+"""Everything that is measured of a set of dictionaries: which measures there are, and what each of them needs.
+
+The figures themselves are defined in `replacement.evaluation` and `circuits.scores`. Knows nothing of how a report
+looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from circuits.scores import GraphScores, graph_scores
+from replacement.dictionary import Dictionary, DictionarySet
+from replacement.errors import InputError
+from replacement.evaluation.absorption import AbsorptionFigures
+from replacement.evaluation.comparison import BaselineFigures, ProbeFigures, compare_probes, compare_reconstruction
+from replacement.evaluation.sample import Labelling, collect
+from replacement.evaluation.splicing import Splice
+from replacement.evaluation.stability import StabilityFigures, stability, write_directions
+from replacement.evaluation.suite import Evaluation, evaluate, firing
+from replacement.evaluation.words import evaluate_absorption
+from replacement.model import ReplacementModel
+from replacement.neurons import neurons
+
+MEASURES: Mapping[str, str] = {
+    "reconstruction": "what each site's dictionary rebuilds, and how often features fire",
+    "replacement": "what the model loses with all sites replaced",
+    "sites": "the same with each site alone, and the next layer",
+    "baselines": "approximations that need no dictionary, at the same L0",
+    "probing": "sparse probes of known properties",
+    "absorption": "first-letter absorption",
+    "graphs": "replacement and completeness scores over prompts",
+}
+PROMPT_TOKENS = 24
+"""Prompts that are beginnings of documents are cut there."""
+
+Advance = Callable[[str, int, int], None]
+
+
+class Documents:
+    """Documents of token ids in batches, the same whenever they are gone through."""
+
+    def __init__(
+        self, source: Any, *, tokens: int, vocabulary: int, features: int = 0, memory: int = 512 * 2**20
+    ) -> None:
+        """Take a token source and how many tokens to read.
+
+        vocabulary, features: what a token takes room for: the logits of three models, and all activations of a set.
+        memory: bytes that these may take for a batch.
+        Raises `InputError` where the source holds no document.
+        """
+        self.source, self.context = source, source.context
+        self.documents = max(2, tokens // source.context)
+        if source.n_documents is not None:
+            self.documents = min(self.documents, source.n_documents)
+        if self.documents < 2:
+            raise InputError(
+                f"eval: got {self.documents} documents of {source.context} tokens, needs 2 or more; "
+                "pass more data, or a smaller context"
+            )
+        self.tokens = self.documents * source.context
+        self.batch = max(1, min(64, memory // (source.context * (6 * 8 * vocabulary + 3 * 4 * features))))
+
+    def __iter__(self) -> Iterator[Int[Tensor, "documents pos"]]:
+        """Batches of documents; the last one may be smaller."""
+        for index in range(-(-self.documents // self.batch)):
+            tokens = self.source.batch(index, self.batch)
+            yield tokens[: self.documents - index * self.batch]
+
+    def beginnings(self, prompts: int) -> list[Int[Tensor, " pos"]]:
+        """The first tokens of documents, as prompts."""
+        found: list[Tensor] = []
+        for tokens in self:
+            found += list(tokens[: prompts - len(found), :PROMPT_TOKENS])
+            if len(found) >= prompts:
+                break
+        return found
+
+
+class LayerAbsorption(NamedTuple):
+    """First-letter absorption of one dictionary."""
+
+    layer: int
+    figures: AbsorptionFigures
+
+
+class LayerStability(NamedTuple):
+    """Features of one dictionary against those of the dictionary of the same layer in the other set."""
+
+    layer: int
+    figures: StabilityFigures
+
+
+class Quality(NamedTuple):
+    """Everything measured of one set; None for what was not asked for, or can't be measured of this kind."""
+
+    name: str
+    kinds: tuple[str, ...]
+    tokens: int
+    evaluation: Evaluation
+    baselines: tuple[BaselineFigures, ...] | None
+    probes: tuple[ProbeFigures, ...] | None
+    absorption: tuple[LayerAbsorption, ...] | None
+    graphs: GraphScores | None
+    stability: tuple[LayerStability, ...] | None
+    notes: tuple[str, ...]  #: what was left out, and why
+
+
+def measure(
+    bridge: Any,
+    dictionaries: DictionarySet,
+    documents: Documents,
+    *,
+    model: str,
+    measures: Collection[str] = tuple(MEASURES),
+    against: DictionarySet | None = None,
+    prompts: Sequence[str | Int[Tensor, " pos"]] | None = None,
+    tasks: Mapping[str, Labelling] | None = None,
+    replace_first: bool = False,
+    advance: Advance | None = None,
+) -> Quality:
+    """Measure a set of dictionaries on held-out documents.
+
+    bridge: a TransformerBridge. measures: names from `MEASURES`. against: a set trained with another seed, for
+    stability. prompts: for graphs' scores (None: beginnings of documents). tasks: labels for probing (None: no
+    probing). replace_first: replace position 0 like any other. advance: called with (what, done, total).
+    Raises `InputError` for an unknown measure, and where the dictionaries do not fit the model.
+    """
+    if unknown := [name for name in measures if name not in MEASURES]:
+        raise InputError(f"measure(measures={unknown[0]!r}): no such measure; have {', '.join(MEASURES)}")
+    splice = Splice(bridge, dictionaries, keep_first=not replace_first)
+    say, notes = advance or (lambda what, done, total: None), []
+    evaluation = _evaluate(splice, documents, measures, say)
+    own = _neurons(bridge)
+    halves = (
+        collect(splice, documents, tasks, tokens=documents.tokens) if {"baselines", "probing"} & set(measures) else None
+    )
+    baselines = probes = absorption = graphs = None
+    if halves is not None and "baselines" in measures:
+        say("baselines", 0, 1)
+        baselines = tuple(compare_reconstruction(dictionaries, halves, own))
+    if halves is not None and "probing" in measures:
+        say("probing", 0, 1)
+        probes = tuple(compare_probes(dictionaries, halves, own)) or None
+        if probes is None:
+            notes.append("probing: no labels for this data with enough examples of both kinds; pass --labels")
+    if "absorption" in measures:
+        say("absorption", 0, 1)
+        absorption, note = _absorption(splice)
+        notes += note
+    if "graphs" in measures:
+        graphs, note = _graphs(bridge, dictionaries, model, prompts or documents.beginnings(20), say)
+        notes += note
+    theirs = None if against is None else Splice(bridge, against, keep_first=not replace_first)
+    return Quality(
+        dictionaries.name,
+        tuple(dict.fromkeys(one.kind for one in dictionaries)),
+        documents.tokens,
+        evaluation,
+        baselines,
+        probes,
+        absorption,
+        graphs,
+        None if theirs is None else _stability(splice, theirs, documents),
+        tuple(notes),
+    )
+
+
+def _evaluate(splice: Splice, documents: Documents, measures: Collection[str], say: Advance) -> Evaluation:
+    done = 0
+
+    def progress(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        say("running the model", done, documents.tokens)
+
+    say("running the model", 0, documents.tokens)
+    wanted = {name: name in measures for name in ("replacement", "sites")}
+    return evaluate(splice, documents, replace=any(wanted.values()), every_site=wanted["sites"], progress=progress)
+
+
+def _neurons(bridge: Any) -> Mapping[int, Dictionary] | None:
+    dtype = torch.float64 if next(bridge.parameters()).dtype == torch.float64 else torch.float32
+    try:
+        found = neurons(bridge, dtype).by_layer
+    except InputError:  # the architecture does not show its MLPs' weights
+        return None
+    for one in found.values():
+        one.requires_grad_(False)
+    return found
+
+
+def _absorption(splice: Splice) -> tuple[tuple[LayerAbsorption, ...] | None, list[str]]:
+    try:
+        found = tuple(LayerAbsorption(layer, figures) for layer, figures in evaluate_absorption(splice).items())
+    except InputError as reason:
+        return None, [str(reason)]
+    if any(one.figures.letters for one in found):
+        return found, []
+    return None, ["absorption: no probe finds first letters in what this model writes, so none can be absorbed"]
+
+
+def _graphs(
+    bridge: Any, dictionaries: DictionarySet, name: str, prompts: Sequence[str | Tensor], say: Advance
+) -> tuple[GraphScores | None, list[str]]:
+    try:
+        model = ReplacementModel(bridge, dictionaries, name=name)
+    except InputError as reason:
+        return None, [f"graphs: {reason}"]
+    done = 0
+
+    def progress(prompts_done: int) -> None:
+        nonlocal done
+        done += prompts_done
+        say("tracing prompts", done, len(prompts))
+
+    say("tracing prompts", 0, len(prompts))
+    return graph_scores(model, prompts, progress=progress), []
+
+
+def _stability(ours: Splice, theirs: Splice, documents: Documents) -> tuple[LayerStability, ...]:
+    """By layer, over features that fire in the documents."""
+    shared = sorted(ours.dictionaries.by_layer.keys() & theirs.dictionaries.by_layer.keys())
+    if not shared:
+        raise InputError(f"--against {theirs.dictionaries.name}: shares no layer with {ours.dictionaries.name}")
+    first, second = (firing(splice, documents) for splice in (ours, theirs))
+    found = []
+    for layer in shared:
+        rows = [write_directions(one.dictionaries.by_layer[layer]) for one in (ours, theirs)]
+        alive = [torch.nonzero(meters[layer].fired).flatten() for meters in (first, second)]
+        found.append(LayerStability(layer, stability(rows[0], rows[1], alive_a=alive[0], alive_b=alive[1])))
+    return tuple(found)
