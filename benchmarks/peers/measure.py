@@ -1,0 +1,143 @@
+"""What every row of the training benchmark shares: activations from a file, clocks, memory, FVU; prints one JSON line.
+
+Needs torch and numpy alone, so that it runs inside any peer's environment. Knows no tool.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_UNTIMED = 3  # first steps, in which memory is touched for the first time
+_HELD_OUT = 8192  # tokens at the end of the file that nobody trains on
+
+
+class Activations:
+    """Batches of a file of float32 rows `x | y`, in order; tells when each is asked for."""
+
+    def __init__(self, path: Path, width: int, batch_tokens: int, steps: int) -> None:
+        self.path, self.width, self.batch_tokens, self.steps = path, width, batch_tokens, steps
+        self.started: list[tuple[float, float]] = []  #: CPU and wall clock at the request of each batch
+
+    def read(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """Rows from `start` on: what is read and what is to be written."""
+        count = tokens * 2 * self.width
+        rows = np.fromfile(self.path, dtype=np.float32, count=count, offset=start * 2 * self.width * 4)
+        return torch.from_numpy(rows.reshape(tokens, 2, self.width)).unbind(1)
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """The index-th training batch, over and over where there are fewer."""
+        if index == len(self.started):
+            self.started.append((time.process_time(), time.perf_counter()))
+        x, y = self.read(index % self.steps * self.batch_tokens, self.batch_tokens)
+        return x.contiguous(), y.contiguous()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return (self.batch(index) for index in range(1 << 62))
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of tokens that no step has seen."""
+        for start in range(0, _HELD_OUT, self.batch_tokens):
+            yield self.read(self.steps * self.batch_tokens + start, min(self.batch_tokens, _HELD_OUT - start))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line of a row."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kind")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--width", type=int, required=True)
+    parser.add_argument("--features", type=int, required=True)
+    parser.add_argument("--k", type=int, required=True)
+    parser.add_argument("--batch-tokens", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--learning-rate", type=float)
+    return parser.parse_args()
+
+
+def measure(
+    options: argparse.Namespace,
+    train: Callable[[Activations], Callable[[Tensor], tuple[Tensor, float]]],
+    *,
+    target: int,
+) -> None:
+    """Run one row and print its figures.
+
+    train: trains on the activations and returns a function from inputs to approximations and L0. target: 0 where
+    inputs are rebuilt, 1 where outputs are.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    activations = Activations(options.data, options.width, options.batch_tokens, options.steps)
+    activations.read(0, options.batch_tokens)
+    before = _reset_peak()
+    approximate = train(activations)
+    cpu, wall = time.process_time(), time.perf_counter()
+    peak = _peak()
+    began = activations.started[min(_UNTIMED, len(activations.started) - 1)]
+    timed = options.steps - min(_UNTIMED, len(activations.started) - 1)
+    missed = total = l0 = tokens = 0.0
+    sums = torch.zeros(options.width, dtype=torch.float64)
+    with torch.no_grad():
+        for pair in activations.held_out():
+            wanted = pair[target].double()
+            made, count = approximate(pair[0].contiguous())
+            missed += float((wanted - made.double()).pow(2).sum())
+            total += float(wanted.pow(2).sum())
+            sums += wanted.sum(0)
+            l0 += count * len(wanted)
+            tokens += len(wanted)
+    print(
+        json.dumps(
+            {
+                "tokens_per_cpu_second": timed * options.batch_tokens / (cpu - began[0]),
+                "tokens_per_second": timed * options.batch_tokens / (wall - began[1]),
+                "peak_bytes": peak - before,
+                "fvu": missed / (total - float(sums.pow(2).sum()) / tokens),
+                "l0": l0 / tokens,
+            }
+        )
+    )
+
+
+def median_cpu_seconds(run: Callable[[], object], times: int = 5) -> float:
+    """Median CPU time of a call, after one that is not counted."""
+    run()
+    seconds = []
+    for _ in range(times):
+        start = time.process_time()
+        run()
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def _reset_peak() -> int:
+    """Resident memory now; the peak is counted from here where the system allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except (OSError, KeyError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _peak() -> int:
+    try:
+        return _status("VmHWM")
+    except (OSError, KeyError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

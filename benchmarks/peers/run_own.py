@@ -1,0 +1,83 @@
+"""One row of the training benchmark: this project's trainer on given activations.
+
+With the kind `floor` it prints instead what a step cannot do without: the CPU seconds of one fp32 product of the
+encoder and of one pass of Adam over the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from measure import Activations, arguments, measure, median_cpu_seconds
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from replacement.training import Plan, TrainingConfig, train
+
+READ, WRITE = "blocks.0.mlp.hook_in", "blocks.0.mlp.hook_out"
+RATE = 8e-3  # short runs want a high one
+
+
+class Source:
+    """The file's batches by the names of two hooks."""
+
+    sites = (READ, WRITE)
+
+    def __init__(self, activations: Activations) -> None:
+        self.activations = activations
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        """One batch of the file."""
+        x, y = self.activations.batch(index)
+        return {READ: x, WRITE: y}
+
+
+def run(options: argparse.Namespace, activations: Activations):
+    """The dictionary, trained; `options.kind` is a kind and a sparsity, as in `sae:topk`."""
+    kind, sparsity = options.kind.split(":")
+    config = TrainingConfig(
+        kind=kind,
+        sparsity=sparsity,
+        n_features=options.features,
+        k=options.k,
+        batch_tokens=options.batch_tokens,
+        tokens=options.steps * options.batch_tokens,
+        buffer_bytes=1,  # one batch at a time, in the file's order
+        learning_rate=options.learning_rate or RATE,
+        betas=(0.5, 0.95),
+        warmup_steps=options.steps // 20,
+    )
+    plan = Plan(0, (READ,), (READ,) if kind == "sae" else (WRITE,), kind == "skip_transcoder")
+    (dictionary,) = train(Source(activations), [plan], config=config, show_progress=False).dictionaries()
+
+    def approximate(x: Tensor) -> tuple[Tensor, float]:
+        features = dictionary.encode(x)
+        return dictionary(x), float((features != 0).sum() / len(x))
+
+    return approximate
+
+
+def floor(options: argparse.Namespace) -> None:
+    """Print the seconds of one encoder product and one pass of Adam."""
+    torch.set_num_threads(1)
+    x, W = torch.randn(options.batch_tokens, options.width), torch.randn(options.features, options.width)
+    out = torch.empty(options.batch_tokens, options.features)
+    weights = [torch.nn.Parameter(torch.randn_like(W)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    adam = torch.optim.Adam(weights, fused=True)
+    product = median_cpu_seconds(lambda: torch.mm(x, W.T, out=out))
+    print(json.dumps({"product_seconds": product, "adam_seconds": median_cpu_seconds(adam.step)}))
+
+
+if __name__ == "__main__":
+    given = arguments()
+    if given.kind == "floor":
+        floor(given)
+    else:
+        measure(given, lambda activations: run(given, activations), target=int(not given.kind.startswith("sae")))
