@@ -22,6 +22,7 @@ COMMANDS = {
     "show": "summarise a stored graph in words",
     "prune": "keep what matters of a stored graph",
     "export": "write a stored graph in other formats",
+    "train": "train dictionaries of any kind for a model",
     "eval": "measure how good dictionaries are",
     "models": "list the models that ship with the package",
 }

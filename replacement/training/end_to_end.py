@@ -78,6 +78,8 @@ class _Forward:
 
     def write(self, name: str) -> Float[Tensor, "batch pos width"] | None:
         trainee = self.trainee
+        if name not in self.parts:
+            return None
         out = trainee.bias(name)[None, None] + torch.stack(self.parts[name]).sum(0)
         error = self.original[name].float()[:, None] * trainee.scale_of(name) - out
         self.losses.append(self.config.reconstruction_weight * error.pow(2).mean())

@@ -1,0 +1,149 @@
+"""`circuits train`: dictionaries of any kind for a model, in a folder for `circuits trace` and `circuits eval`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from circuits.commands.options import add, print_json
+from circuits.settings import Field, fields
+
+if TYPE_CHECKING:
+    from replacement.training.run import Finished
+
+LOAD = "replacement.model:ReplacementModel.load"
+SETTINGS = "replacement.training.config:TrainingConfig"
+FLAGS = {"n_features": "--features"}
+"""Fields whose flag is not their own name."""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Name the command's arguments: every field of `TrainingConfig` is a flag."""
+    model = parser.add_argument_group("model and data")
+    add(model, LOAD, "--model", "a shipped model, a Hugging Face directory, or a hub id")
+    model.add_argument(
+        "--data",
+        required=True,
+        help="'atlas' (its own generator), a UTF-8 text file, a .jsonl file, or hf:owner/name[:config][:split]",
+    )
+    model.add_argument("--text-field", default="text", metavar="NAME", help="of JSON objects (default: %(default)s)")
+    model.add_argument(
+        "--context",
+        type=int,
+        default=128,
+        metavar="N",
+        help="tokens of a row, at most the model's (default: %(default)s)",
+    )
+    add(model, LOAD, "--dtype", "float32, float64, bfloat16 or float16")
+    add(model, LOAD, "--device", "a torch device such as cpu or cuda")
+    what = parser.add_argument_group("dictionaries and training")
+    for field in fields(SETTINGS):
+        what.add_argument(
+            _flag(field),
+            dest=field.name,
+            type=_reader(field),
+            default=field.default,
+            metavar=_metavar(field),
+            help=f"{field.text.rstrip('.').replace('%', '%%')} (default: {_shown(field.default)})",
+        )
+    last = parser.add_argument_group("last stage, end to end")
+    last.add_argument(
+        "--end-to-end",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="then train the replaced model's predictions towards the original's for so many steps (default: none)",
+    )
+    last.add_argument(
+        "--bridging-weight",
+        type=float,
+        default=0.0,
+        metavar="W",
+        help="weight of half replaced models there (default: 0)",
+    )
+    out = parser.add_argument_group("output")
+    out.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="folder; a stopped run goes on there"
+    )
+    out.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also log to tensorboard, wandb or trackio; repeatable",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train, and say what came of it."""
+    started = perf_counter()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `trace`
+    from replacement.training.config import EndToEndConfig, TrainingConfig
+
+    config = TrainingConfig.from_mapping({field.name: getattr(arguments, field.name) for field in fields(SETTINGS)})
+    last = EndToEndConfig(steps=arguments.end_to_end, bridging_weight=arguments.bridging_weight, other_share=1.0)
+    from replacement.loading import load_bridge
+    from replacement.model import DTYPES
+    from replacement.training import run as training
+
+    if arguments.dtype not in DTYPES:
+        from replacement.errors import InputError
+
+        raise InputError(f"--dtype {arguments.dtype!r}: needs one of {', '.join(DTYPES)}")
+    bridge, _ = load_bridge(arguments.model, DTYPES[arguments.dtype], arguments.device)
+    finished = training.run(
+        bridge,
+        model=arguments.model,
+        data=arguments.data,
+        config=config,
+        out=arguments.output,
+        end_to_end=last if arguments.end_to_end else None,
+        context=arguments.context,
+        text_field=arguments.text_field,
+        dashboards=arguments.log,
+        show_progress=not arguments.json,
+    )
+    _report(finished, arguments, perf_counter() - started)
+
+
+def _report(finished: Finished, arguments: argparse.Namespace, seconds: float) -> None:
+    last = finished.end_to_end or finished.reconstruction
+    if arguments.json:
+        figures = None if last is None else last._asdict()
+        print_json({"folder": str(finished.folder), "last": figures, "seconds": round(seconds, 3)})
+        return
+    if last is not None:
+        print(f"last step   FVU {last.fvu:.4f}   L0 {last.l0:.1f}   dead {last.dead:.1%}")
+    print(f"wrote {finished.folder} in {seconds:.0f} s")
+    print(f"next  circuits eval --model {arguments.model} --data {arguments.data} --dictionaries {finished.folder}")
+    if all(one.kind.endswith("transcoder") for one in finished.dictionaries):
+        print(f'      circuits trace "..." --model {arguments.model} --dictionaries {finished.folder}')
+
+
+def _flag(field: Field) -> str:
+    return FLAGS.get(field.name, f"--{field.name.replace('_', '-')}")
+
+
+def _metavar(field: Field) -> str:
+    return {"str": "NAME", "float": "X"}.get(field.type, "N,N,..." if "tuple" in field.type else "N")
+
+
+def _shown(value: Any) -> str:
+    return ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+
+
+def _reader(field: Field) -> Callable[[str], Any]:
+    """What turns a flag's text into the field's value."""
+    if "tuple" not in field.type:
+        return {"str": str, "int": int, "float": float}[field.type]
+    number = float if "float" in field.type else int
+
+    def numbers(text: str) -> Any:
+        found = tuple(number(part) for part in text.split(",") if part.strip())
+        return found[0] if field.type.startswith("int |") and len(found) == 1 else found
+
+    return numbers

@@ -1,0 +1,146 @@
+"""A whole training run in a folder: data, both stages, checkpoints, log, and the finished dictionaries.
+
+| file | is |
+| --- | --- |
+| `training.json` | the settings of the run |
+| `log.jsonl` | figures of every tenth step |
+| `checkpoints/` | what a stopped run goes on from |
+| `config.json`, `layer_*.safetensors` | the dictionaries, when the run is done |
+
+Knows the order of things; every step is another file's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from replacement import formats
+from replacement.dictionary import DictionarySet
+from replacement.errors import InputError
+from replacement.formats.native import write_whole
+from replacement.training.bridge import ReplaceableBridge
+from replacement.training.config import EndToEndConfig, TrainingConfig
+from replacement.training.data import BridgeActivations, TokenSource, open_tokens
+from replacement.training.end_to_end import TokenBatch, train_end_to_end
+from replacement.training.kinds import plans, sites
+from replacement.training.reconstruction import train
+from replacement.training.report import JSONLog, Listener, Record, dashboard
+from replacement.training.source import ActivationSource
+
+
+class Finished(NamedTuple):
+    """What a run leaves behind."""
+
+    folder: Path
+    dictionaries: DictionarySet
+    reconstruction: Record | None  #: the last step of the stage, None where it was done before
+    end_to_end: Record | None
+
+
+class _Last:
+    """Keeps the last record of each stage."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, Record] = {}
+
+    def __call__(self, record: Record) -> None:
+        self.records[record.stage] = record
+
+
+def run(
+    bridge: Any,
+    *,
+    model: str,
+    data: str,
+    config: TrainingConfig,
+    out: Path,
+    end_to_end: EndToEndConfig | None = None,
+    context: int = 128,
+    documents: int = 32,
+    text_field: str = "text",
+    activations: ActivationSource | None = None,
+    dashboards: Sequence[str] = (),
+    checkpoint_every: int = 200,
+    show_progress: bool = True,
+) -> Finished:
+    """Train what `config` asks for on a bridge's activations, in the folder `out`; a stopped run goes on from there.
+
+    model, data: as they were named, kept in `training.json`; data as of `open_tokens`. end_to_end: a last stage that
+    brings the replaced model's predictions to the original's. context: tokens of a row, at most the model's. documents:
+    rows of one forward pass. activations: a cache to train on instead of the model. dashboards: of `report.DASHBOARDS`.
+    Raises `InputError` for settings that contradict each other, a folder of another run, or bad data.
+    """
+    planned = plans(config, len(bridge.blocks))
+    context = min(context, int(bridge.cfg.n_ctx))
+    settings = {
+        "model": model,
+        "data": data,
+        "context": context,
+        "documents": documents,
+        "reconstruction": dataclasses.asdict(config),
+        "end_to_end": None if end_to_end is None else dataclasses.asdict(end_to_end),
+    }
+    _claim(out, settings)
+    tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
+    source = activations or BridgeActivations(
+        bridge, tokens, sites=sites(planned), documents=documents, dtype=torch.bfloat16
+    )
+    last = _Last()
+    listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last]
+    listeners += [dashboard(name, out, settings) for name in dashboards]
+    trainee = train(
+        source,
+        planned,
+        config=config,
+        checkpoint=out / "checkpoints" / "reconstruction.safetensors",
+        checkpoint_every=checkpoint_every,
+        listeners=listeners,
+        show_progress=show_progress,
+    )
+    if end_to_end is not None and end_to_end.steps:
+        train_end_to_end(
+            ReplaceableBridge(bridge, sites(planned)),
+            trainee,
+            partial(_batch, tokens, documents=end_to_end.documents),
+            config=end_to_end,
+            checkpoint=out / "checkpoints" / "end_to_end.safetensors",
+            checkpoint_every=checkpoint_every,
+            listeners=listeners,
+            show_progress=show_progress,
+        )
+    found = trainee.dictionaries()
+    dictionaries = DictionarySet({one.layer: one for one in found}, out.name, metadata=settings)
+    formats.save(dictionaries, out)
+    return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"))
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Write the run's settings, or see that the folder is this run's."""
+    path = out / "training.json"
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: not readable JSON ({error}); delete it to start over") from error
+        if stored != json.loads(json.dumps(settings)):
+            raise InputError(f"{out}: holds a run with other settings (see training.json); pass another folder")
+        return
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out}: is not empty and holds no training.json; pass a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def _batch(tokens: TokenSource, index: int, *, documents: int) -> TokenBatch:
+    """Documents by number, all positions after the first marked as answers."""
+    rows = tokens.batch(index, documents)
+    answer = torch.ones_like(rows, dtype=torch.bool)
+    answer[:, 0] = False
+    return TokenBatch(rows, answer)
