@@ -79,14 +79,9 @@ def run(
     """
     planned = plans(config, len(bridge.blocks))
     context = min(context, int(bridge.cfg.n_ctx))
-    settings = {
-        "model": model,
-        "data": data,
-        "context": context,
-        "documents": documents,
-        "reconstruction": dataclasses.asdict(config),
-        "end_to_end": None if end_to_end is None else dataclasses.asdict(end_to_end),
-    }
+    settings = _settings(
+        config, end_to_end, model=model, data=data, context=context, documents=documents, text_field=text_field
+    )
     _claim(out, settings)
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
     source = activations or BridgeActivations(
@@ -104,7 +99,7 @@ def run(
         listeners=listeners,
         show_progress=show_progress,
     )
-    if end_to_end is not None and end_to_end.steps:
+    if end_to_end is not None:
         train_end_to_end(
             ReplaceableBridge(bridge, sites(planned)),
             trainee,
@@ -119,6 +114,12 @@ def run(
     dictionaries = DictionarySet({one.layer: one for one in found}, out.name, metadata=settings)
     formats.save(dictionaries, out)
     return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"))
+
+
+def _settings(config: TrainingConfig, end_to_end: EndToEndConfig | None, **rest: object) -> dict[str, Any]:
+    """What `training.json` holds."""
+    last = None if end_to_end is None else dataclasses.asdict(end_to_end)
+    return {**rest, "reconstruction": dataclasses.asdict(config), "end_to_end": last}
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:

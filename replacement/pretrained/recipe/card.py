@@ -38,7 +38,9 @@ TITLES = {
     "antonym": "opposite",
     "translation": "a word in another language",
     "indirect_object": "who receives (IOI)",
-    "induction": "a sequence or a told fact again",
+    "induction_told": "a fact told of one of two or three persons, asked again",
+    "induction_sequence": "a random sequence that starts again",
+    "induction": "either of the two below",
     "comparison": "comparison of two numbers, held-out pairs",
     "sum_held_out": "sum up to 99, held-out pairs",
     "sum": "sum up to 99",
@@ -129,6 +131,8 @@ def _training(schedule: Schedule, history: str) -> str:
 {schedule.learning_rate:g}, {schedule.warm_up} steps of warm-up, linear decay, betas 0.9 and
 {schedule.second_moment:g}, weight decay {schedule.weight_decay:g} on matrices, clip {schedule.clip:g}), bfloat16
 autocast, one CPU core. The next-token loss has weight 1 on answers and {schedule.other_weight:g} on other tokens.
+Induction sentences are three times as frequent in steps {schedule.copying[0]:,} to {schedule.copying[1]:,}: whose fact
+is whose is learned suddenly or not at all.
 
 **There is an auxiliary loss.** With weight {schedule.place_weight:g}, the unembedding applied to the residual stream
 after layer {schedule.place_layer} (counted from 0) must read a city's state or country at the city's token. It makes
