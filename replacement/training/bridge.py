@@ -1,7 +1,7 @@
 """A TransformerBridge as a model whose activations can be replaced while gradients flow: for the end-to-end stage.
 
 The first position (BOS) is left out everywhere: dictionaries are not trained on it, and it keeps the model's own
-values.
+values. The model may be on another device; dictionaries train on the CPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ReplaceableBridge:
 
         def keep(name: str) -> Callable[..., None]:
             def hook(tensor: Tensor, hook: object) -> None:
-                found[name] = tensor.detach()[:, 1:].flatten(2).flatten(0, 1)
+                found[name] = tensor.detach()[:, 1:].flatten(2).flatten(0, 1).cpu()
 
             return hook
 
@@ -47,11 +47,11 @@ class ReplaceableBridge:
 
         def put(name: str) -> Callable[..., Tensor | None]:
             def hook(tensor: Tensor, hook: object) -> Tensor | None:
-                replacement.read(name, tensor[:, 1:].flatten(2))
+                replacement.read(name, tensor[:, 1:].flatten(2).cpu())
                 out = replacement.write(name)
                 if out is None:
                     return None
-                return torch.cat([tensor[:, :1], out.to(tensor.dtype).view_as(tensor[:, 1:])], 1)
+                return torch.cat([tensor[:, :1], out.to(tensor).view_as(tensor[:, 1:])], 1)
 
             return hook
 
@@ -60,4 +60,5 @@ class ReplaceableBridge:
     def _run(self, tokens: Tensor, where: Tensor, hooks: list[tuple[str, Callable[..., Tensor | None]]]) -> Tensor:
         with warnings.catch_warnings():  # the bridge warns that edited values round differently; that is meant here
             warnings.simplefilter("ignore", UserWarning)
-            return self.bridge.run_with_hooks(tokens, fwd_hooks=hooks)[where]
+            device = next(self.bridge.parameters()).device
+            return self.bridge.run_with_hooks(tokens.to(device), fwd_hooks=hooks).cpu()[where]

@@ -131,7 +131,8 @@ class Coder(nn.Module):
         rows = torch.randperm(len(x), generator=generator)[: remedies.ROWS]
         missed = error[rows].detach().flatten(1)
         dead_rows = (self.W_enc[dead], self.b_enc[dead], self.W_dec[dead].flatten(1))
-        return remedies.LOSSES[self.dead](remedies.Dead(*dead_rows, x[rows].detach(), missed, self.dead_k))
+        level = self.sparsity.levels(self.encoder())[dead]
+        return remedies.LOSSES[self.dead](remedies.Dead(*dead_rows, x[rows].detach(), missed, self.dead_k, level))
 
     @torch.no_grad()
     def resample(
@@ -149,16 +150,15 @@ class Coder(nn.Module):
         fresh = remedies.resampled(
             int(dead.sum()), x, error.flatten(1), living=self.W_enc[~dead], same=self.same, generator=generator
         )
-        new = {
-            self.W_enc: fresh.W_enc,
-            self.b_enc: fresh.b_enc,
-            self.W_dec: fresh.W_dec.unflatten(1, self.W_dec.shape[1:]),
-        }
+        new = {self.W_enc: fresh.W_enc, self.W_dec: fresh.W_dec.unflatten(1, self.W_dec.shape[1:])}
+        new |= {parameter: parameter.new_full((), value) for parameter, value in self.sparsity.fresh().items()}
+        new[self.b_enc] = fresh.b_enc
         for parameter, rows in new.items():
             parameter[dead] = rows
             for name, state in optimizer.state.get(parameter, {}).items():
                 if name != "step":
                     state[dead] = 0
+        self.b_enc[dead] += self.sparsity.levels(self.encoder())[dead]  # so that it fires where it starts again
         self.since_fired[dead] = 0
         return int(dead.sum())
 

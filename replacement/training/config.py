@@ -86,7 +86,7 @@ class TrainingConfig(Settings):
     warmup_steps: int = 50
     """Steps over which the learning rate rises from zero."""
     decay_fraction: float = 0.4
-    """Share of the run, at its end, over which the learning rate falls to zero."""
+    """Share of the run, at its end, over which the learning rate falls to 2 % of its peak."""
     dead: str = "auxk"
     """What is done for dead features: auxk, resample, ghost, preactivation or none."""
     dead_weight: float = 0.125
@@ -115,7 +115,9 @@ class TrainingConfig(Settings):
                 f"TrainingConfig(prefixes={self.prefixes}): needs ascending sizes in 1..{self.n_features - 1}; "
                 "leave n_features itself out"
             )
-        if any(not 0 < k <= self.n_features for k in (self.k if isinstance(self.k, tuple) else (self.k,))):
+        if self.k == () or any(
+            not 0 < k <= self.n_features for k in (self.k if isinstance(self.k, tuple) else (self.k,))
+        ):
             raise InputError(f"TrainingConfig(k={self.k}): needs between 1 and n_features = {self.n_features}")
         if not 0 <= self.floor < 1:
             raise InputError(f"TrainingConfig(floor={self.floor}): must be in [0, 1); for 20 percent pass 0.2")
@@ -131,6 +133,8 @@ class TrainingConfig(Settings):
         for name in ("decay_fraction", "threshold_memory"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must be in [0, 1]")
+        if not 0 <= self.seed < 1 << 31:
+            raise InputError(f"TrainingConfig(seed={self.seed}): needs a whole number in 0..{(1 << 31) - 1}")
         if self.warmup_steps < 0 or self.dead_weight < 0:
             raise InputError("TrainingConfig(warmup_steps, dead_weight): must not be negative")
 
@@ -197,7 +201,7 @@ class EndToEndConfig(Settings):
                 f"EndToEndConfig(widen={self.widen}, input_noise={self.input_noise}, k={self.k}): "
                 "needs widen and input_noise >= 0 and k >= 1"
             )
-        if self.bridging_weight < 0 or not 0 <= self.other_share <= 1:
+        if not self.bridging_weight >= 0 or not 0 <= self.other_share <= 1:
             raise InputError(
                 f"EndToEndConfig(bridging_weight={self.bridging_weight}, other_share={self.other_share}): "
                 "needs a weight >= 0 and a share in [0, 1]"

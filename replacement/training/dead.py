@@ -34,6 +34,7 @@ class Dead(NamedTuple):
     x: Float[Tensor, "rows d_in"]
     error: Float[Tensor, "rows d_out"]  #: what the living missed, a constant
     k: int
+    level: Float[Tensor, " dead"]  #: pre-activation above which each fires
 
 
 def _auxk(dead: Dead) -> Tensor:
@@ -52,7 +53,7 @@ def _ghost(dead: Dead) -> Tensor:
 
 def _preactivation(dead: Dead) -> Tensor:
     pre = F.linear(dead.x, dead.W_enc, dead.b_enc)
-    return (F.relu(-pre) * dead.W_dec.norm(dim=1)).mean()
+    return (F.relu(dead.level - pre) * dead.W_dec.norm(dim=1)).mean()
 
 
 LOSSES: dict[str, Callable[[Dead], Tensor]] = {"auxk": _auxk, "ghost": _ghost, "preactivation": _preactivation}

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from replacement.errors import InputError
 from replacement.substitution import Replacement
 from replacement.training.checkpoint import read_checkpoint, write_checkpoint
 from replacement.training.coder import Coder
@@ -61,6 +62,7 @@ class _Forward:
         """kept: written hooks that keep the model's own values."""
         self.trainee, self.original, self.config, self.generator, self.kept = trainee, original, config, generator, kept
         self.parts: dict[str, list[Tensor]] = {name: [] for name in trainee.written}
+        self.gates: dict[str, list[Tensor]] = {name: [] for name in trainee.written}
         self.inputs: list[tuple[Coder, Tensor]] = []
         self.losses: list[Tensor] = []
         self.l0: list[Tensor] = []
@@ -84,6 +86,9 @@ class _Forward:
         error = self.original[name].float()[:, None] * trainee.scale_of(name) - out
         self.losses.append(self.config.reconstruction_weight * error.pow(2).mean())
         wanted = self.original[name].float() * trainee.scale_of(name)
+        if self.gates[name]:
+            alone = trainee.bias(name).detach() + torch.stack(self.gates[name]).sum(0)
+            self.losses.append(self.config.reconstruction_weight * (wanted - alone).pow(2).mean())
         self.fvu.append(error[:, -1].detach().pow(2).sum() / (wanted - wanted.mean(0)).pow(2).sum().clamp_min(1e-12))
         if self.config.aux_weight:
             for coder, x in self.inputs:
@@ -102,8 +107,13 @@ class _Forward:
         self.losses.append(torch.as_tensor(one.penalty))
         for j, name in enumerate(coder.plan.writes):
             self.parts[name].append(one.parts[:, :, j])
+            if one.gate is not None:
+                self.gates[name].append(one.gate[:, j])
         if coder.W_skip is not None:
-            self.parts[coder.plan.writes[0]].append(coder.skip(x)[:, None].expand_as(one.parts[:, :, 0]))  # type: ignore[index]
+            skip = torch.as_tensor(coder.skip(x))
+            self.parts[coder.plan.writes[0]].append(skip[:, None].expand_as(one.parts[:, :, 0]))
+            if one.gate is not None:
+                self.gates[coder.plan.writes[0]].append(skip.detach())
 
 
 def train_end_to_end(
@@ -128,14 +138,20 @@ def train_end_to_end(
 
     batch: documents by number; step n uses batch n. checkpoint, checkpoint_every, stop_after, listeners: as in `train`.
     """
-    chosen = config.layers or tuple(coder.layer for coder in trainee)
+    layers = tuple(coder.layer for coder in trainee)
+    chosen = config.layers or layers
+    if not set(chosen) <= set(layers) or (config.k or 0) > trainee.config.n_features:
+        raise InputError(
+            f"train_end_to_end(layers={config.layers}, k={config.k}): the dictionaries read layers {layers} and have "
+            f"{trainee.config.n_features} features"
+        )
     trainee.requires_grad_(False)
     for coder in trainee:
         if coder.layer in chosen:
             coder.requires_grad_(True)
             coder.reopen(widen=config.widen, k=config.k)
     for name, bias in zip(trainee.written, trainee.b_dec, strict=True):
-        bias.requires_grad_(any(coder.layer in chosen and name == coder.plan.writes[0] for coder in trainee))
+        bias.requires_grad_(any(coder.layer in chosen and name in _own(coder) for coder in trainee))
     optimizer = torch.optim.Adam(trainee.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
     done = 0
     if checkpoint is not None and checkpoint.exists():
@@ -176,6 +192,11 @@ def _update(
         kept = frozenset(name for name, keep in zip(trainee.written, drawn.tolist(), strict=True) if keep)
         mixed = _Forward(trainee, activations, config=config, generator=generator, kept=kept)
         total = total + config.bridging_weight * _divergence(model.replaced(batch.tokens, where, mixed), wanted)
+    if not torch.isfinite(total):
+        raise InputError(
+            f"train_end_to_end: the loss is not finite at step {step + 1}; lower learning_rate and go on from the last "
+            "checkpoint"
+        )
     optimizer.zero_grad(set_to_none=True)
     total.backward()
     nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
@@ -195,6 +216,11 @@ def _update(
         tokens_per_second=speed,
         kl=kl.item(),
     )
+
+
+def _own(coder: Coder) -> tuple[str, ...]:
+    """The written hooks whose bias belongs to a coder: all of a crosscoder's, else that of its own layer."""
+    return coder.plan.writes if len(coder.plan.reads) > 1 else coder.plan.writes[:1]
 
 
 def _divergence(logits: Tensor, wanted: Tensor) -> Float[Tensor, ""]:

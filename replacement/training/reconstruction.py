@@ -112,7 +112,7 @@ def _update(
 
 def _resamples(step: int, config: TrainingConfig) -> bool:
     """Whether features start again after this step: every `dead_after` tokens, until the learning rate falls."""
-    every = max(1, config.dead_after // config.batch_tokens)
+    every = 1 + config.dead_after // config.batch_tokens
     return (step + 1) % every == 0 and step < config.steps * (1 - config.decay_fraction)
 
 

@@ -78,18 +78,18 @@ def run(
     Raises `InputError` for settings that contradict each other, a folder of another run, or bad data.
     """
     planned = plans(config, len(bridge.blocks))
+    config.k_of(0, len(planned))
     context = min(context, int(bridge.cfg.n_ctx))
-    settings = _settings(
-        config, end_to_end, model=model, data=data, context=context, documents=documents, text_field=text_field
-    )
-    _claim(out, settings)
+    settings = _settings(config, end_to_end, bridge, model=model, data=data, context=context, documents=documents)
+    is_new = _is_new(out, settings)
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
-    source = activations or BridgeActivations(
-        bridge, tokens, sites=sites(planned), documents=documents, dtype=torch.bfloat16
-    )
-    last = _Last()
-    listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last]
+    harvest: dict[str, Any] = {"sites": sites(planned), "documents": documents, "dtype": torch.bfloat16}
+    source = activations or BridgeActivations(bridge, tokens, **harvest)
+    listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last := _Last()]
     listeners += [dashboard(name, out, settings) for name in dashboards]
+    if is_new:  # everything could be opened: from here on the folder is this run's
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "training.json", (json.dumps(settings, indent=1) + "\n").encode())
     trainee = train(
         source,
         planned,
@@ -116,14 +116,15 @@ def run(
     return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"))
 
 
-def _settings(config: TrainingConfig, end_to_end: EndToEndConfig | None, **rest: object) -> dict[str, Any]:
+def _settings(config: TrainingConfig, end_to_end: EndToEndConfig | None, bridge: Any, **rest: object) -> dict[str, Any]:
     """What `training.json` holds."""
     last = None if end_to_end is None else dataclasses.asdict(end_to_end)
-    return {**rest, "reconstruction": dataclasses.asdict(config), "end_to_end": last}
+    dtype = str(next(bridge.parameters()).dtype).removeprefix("torch.")
+    return {**rest, "dtype": dtype, "reconstruction": dataclasses.asdict(config), "end_to_end": last}
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Write the run's settings, or see that the folder is this run's."""
+def _is_new(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder is free, and not this run's already; raises `InputError` where it is another's."""
     path = out / "training.json"
     if path.exists():
         try:
@@ -132,11 +133,10 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
             raise InputError(f"{path}: not readable JSON ({error}); delete it to start over") from error
         if stored != json.loads(json.dumps(settings)):
             raise InputError(f"{out}: holds a run with other settings (see training.json); pass another folder")
-        return
+        return False
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out}: is not empty and holds no training.json; pass a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
+    return True
 
 
 def _batch(tokens: TokenSource, index: int, *, documents: int) -> TokenBatch:

@@ -81,7 +81,7 @@ class Stream:
             return
         self._content = {}
         parts = [self.source.batch(block * self.block_batches + i) for i in range(self.block_batches)]
-        self._content = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        self._content = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
         tokens = len(next(iter(self._content.values())))
         if tokens < self.batch_tokens:
             raise InputError(

@@ -103,7 +103,9 @@ class Trainee(nn.Module):
                 if one.gate is not None:
                     gated[name] = gated[name] + one.gate[:, j]
             if coder.W_skip is not None:
-                out[coder.plan.writes[0]] = out[coder.plan.writes[0]] + coder.skip(x)[:, None]  # type: ignore[index]
+                skip = torch.as_tensor(coder.skip(x))
+                out[coder.plan.writes[0]] = out[coder.plan.writes[0]] + skip[:, None]
+                gated[coder.plan.writes[0]] = gated[coder.plan.writes[0]] + skip.detach()
         wanted = {name: activations[name].float() * self.scale_of(name) for name in self.written}
         missed = {name: wanted[name][:, None] - out[name] for name in self.written}
         reconstruction = torch.stack([error.pow(2).mean() for error in missed.values()]).sum()

@@ -84,6 +84,14 @@ class Sparsity(nn.Module, abc.ABC):
         """Set what the finished dictionary needs, on scaled inputs."""
         return None
 
+    def levels(self, encoder: Encoder) -> Float[Tensor, " n_features"]:
+        """The pre-activation above which each feature fires."""
+        return torch.zeros_like(encoder.b_enc)
+
+    def fresh(self) -> dict[nn.Parameter, float]:
+        """Its own parameters, one number a feature, with the value of a feature that starts again."""
+        return {}
+
     def reopen(self, *, widen: float, k: int | None) -> None:
         """Let features fire more widely from here on."""
         self.k = k or self.k

@@ -67,6 +67,12 @@ class JumpReLUSparsity(Penalised):
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
         return positive(x, encoder, self.bandwidth / 2 - self.threshold.detach())
 
+    def levels(self, encoder: Encoder) -> Tensor:
+        return self.threshold.detach().clamp_min(0.0)
+
+    def fresh(self) -> dict[nn.Parameter, float]:
+        return {self.threshold: self.bandwidth}
+
     def activations(self, values: Tensor, active: ActiveSet) -> Tensor:
         return _Jump.apply(values, self.threshold.clamp_min(0.0)[active.feature.long()], self.bandwidth)
 
@@ -106,6 +112,9 @@ class GatedSparsity(Penalised):
 
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
         return positive(x, encoder)
+
+    def fresh(self) -> dict[nn.Parameter, float]:
+        return {self.r_mag: 0.0, self.shift: 0.0}
 
     def activations(self, values: Tensor, active: ActiveSet) -> Tensor:
         feature = active.feature.long()

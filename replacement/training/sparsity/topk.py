@@ -46,8 +46,11 @@ class BatchTopKSparsity(Sparsity):
         rows = torch.randperm(len(x), generator=generator)[:_SAMPLE_ROWS]
         now = self._threshold_for_k(x[rows].detach(), encoder)
         self.threshold.copy_(now if self.threshold == 0 else memory * self.threshold + (1 - memory) * now)
-        levels = torch.maximum(self.threshold / encoder.norms, self.floor * self.peak)
+        levels = self.levels(encoder)
         return select_above(x, encoder.W_enc / levels[:, None], encoder.b_enc / levels)
+
+    def levels(self, encoder: Encoder) -> Tensor:
+        return torch.maximum(self.threshold / encoder.norms, self.floor * self.peak)
 
     def observe(self, values: Tensor, active: ActiveSet, fired: Tensor) -> None:
         highest = torch.zeros_like(self.peak).scatter_reduce(0, active.feature.long(), values, "amax")
