@@ -170,7 +170,7 @@ def test_gradients_equal_those_of_dense_products(sparsity: str) -> None:
             total = total + (wanted - dense[:, :p] @ coder.W_dec[:p, 0] - rest).pow(2).mean() / 2
         if sparsity == "gated":
             gate = torch.zeros_like(pre).index_put(at, pre[at].relu()) @ coder.W_dec[:, 0].detach()
-            total = total + (wanted - gate - trainee.bias(name).detach()).pow(2).mean()
+            total = total + (wanted - gate - rest.detach()).pow(2).mean()
     for name, a, b in zip(names, fast, torch.autograd.grad(total, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda words, name=name: f"{name}: {words}")
 
