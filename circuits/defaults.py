@@ -27,13 +27,22 @@ def default(call: str, argument: str) -> Any:
     return ast.literal_eval(found[argument])
 
 
+def source(module: str) -> Path:
+    """The file of a module, found without importing the packages above it; raises LookupError where there is none."""
+    top, *rest = module.split(".")
+    spec = find_spec(top)
+    if spec is None or spec.origin is None:
+        raise LookupError(f"no module {module}")
+    path = Path(spec.origin).parent.joinpath(*rest).with_suffix(".py") if rest else Path(spec.origin)
+    if not path.is_file():
+        raise LookupError(f"no module {module}")
+    return path
+
+
 @cache
 def _defaults(call: str) -> dict[str, ast.expr]:
     module, _, qualified = call.partition(":")
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        raise LookupError(f"default({call!r}, ...): no module {module}")
-    scope: ast.AST = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    scope: ast.AST = ast.parse(source(module).read_text(encoding="utf-8"))
     for name in qualified.split("."):
         inside = [node for node in getattr(scope, "body", []) if getattr(node, "name", None) == name]
         if not inside:

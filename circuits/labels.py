@@ -7,17 +7,13 @@ Knows tokenizers; nothing of probes.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from replacement.errors import InputError
-
-Labelling = Callable[[Int[Tensor, "documents pos"]], Int[Tensor, "documents pos"]]
+from replacement.evaluation.sample import Labelling
 
 
 def read_labels(path: Path, tokenizer: Any) -> dict[str, Labelling]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ast
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from circuits.defaults import source
 
 
 class Field(NamedTuple):
@@ -26,7 +26,7 @@ class Field(NamedTuple):
 def fields(where: str) -> tuple[Field, ...]:
     """The fields of a dataclass, written `"package.module:Class"`; raises LookupError where there is none."""
     module, _, name = where.partition(":")
-    path = _source(module)
+    path = source(module)
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), None)
     if found is None:
@@ -39,12 +39,3 @@ def fields(where: str) -> tuple[Field, ...]:
         text = " ".join(str(after.value.value).split()) if is_text else ""  # type: ignore[union-attr]
         out.append(Field(node.target.id, ast.unparse(node.annotation), ast.literal_eval(node.value), text))
     return tuple(out)
-
-
-def _source(module: str) -> Path:
-    """The file of a module, found without importing the packages above it."""
-    top, *rest = module.split(".")
-    spec = find_spec(top)
-    if spec is None or spec.origin is None:
-        raise LookupError(f"no module {module}")
-    return Path(spec.origin).parent.joinpath(*rest).with_suffix(".py")

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from replacement.training.run import Finished
 
 LOAD = "replacement.model:ReplacementModel.load"
-SETTINGS = "replacement.training.config:TrainingConfig"
+RUN = "replacement.training.run:run"
+SETTINGS, LAST = (f"replacement.training.config:{name}" for name in ("TrainingConfig", "EndToEndConfig"))
 FLAGS = {"n_features": "--features"}
 """Fields whose flag is not their own name."""
 
@@ -30,14 +31,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="'atlas' (its own generator), a UTF-8 text file, a .jsonl file, or hf:owner/name[:config][:split]",
     )
-    model.add_argument("--text-field", default="text", metavar="NAME", help="of JSON objects (default: %(default)s)")
-    model.add_argument(
-        "--context",
-        type=int,
-        default=128,
-        metavar="N",
-        help="tokens of a row, at most the model's (default: %(default)s)",
-    )
+    add(model, RUN, "--text-field", "of JSON objects", metavar="NAME")
+    add(model, RUN, "--context", "tokens of a row, at most the model's", type=int, metavar="N")
     add(model, LOAD, "--dtype", "float32, float64, bfloat16 or float16")
     add(model, LOAD, "--device", "a torch device such as cpu or cuda")
     what = parser.add_argument_group("dictionaries and training")
@@ -58,12 +53,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="then train the replaced model's predictions towards the original's for so many steps (default: none)",
     )
+    bridging = next(field for field in fields(LAST) if field.name == "bridging_weight")
     last.add_argument(
         "--bridging-weight",
         type=float,
-        default=0.0,
+        default=bridging.default,
         metavar="W",
-        help="weight of half replaced models there (default: 0)",
+        help="weight of half replaced models there",
     )
     out = parser.add_argument_group("output")
     out.add_argument(

@@ -56,7 +56,7 @@ class Coder(nn.Module):
         """
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed * 1009 + plan.layer)
-        self.plan, self.n_writes = plan, y.shape[1]
+        self.plan = plan
         self.prefixes, self.same = config.prefixes, plan.reads == plan.writes
         self.dead, self.dead_k, self.dead_after = config.dead, config.dead_k, config.dead_after
         rows = start(

@@ -24,6 +24,7 @@ from replacement.cross_layer import CrossLayerTranscoder
 from replacement.crosscoder import Crosscoder
 from replacement.dictionary import LinearEncoder
 from replacement.errors import InputError
+from replacement.sites import hook_name
 from replacement.training.config import TrainingConfig
 from replacement.transcoder import Transcoder
 
@@ -54,7 +55,7 @@ class Weights(NamedTuple):
 
 def hook(layer: int, site: str, model: str = "") -> str:
     """Full name of a site, of a named model where there are several: `tuned:blocks.3.hook_resid_post`."""
-    return f"{model}:blocks.{layer}.{site}" if model else f"blocks.{layer}.{site}"
+    return f"{model}:{hook_name(layer, site)}" if model else hook_name(layer, site)
 
 
 def _own_layer(config: TrainingConfig, layers: Sequence[int]) -> list[Plan]:
@@ -93,13 +94,15 @@ def plans(config: TrainingConfig, n_layers: int, models: Sequence[str] = ()) -> 
     """The dictionaries that a config asks for, of a model with that many layers.
 
     models: names of several models whose sites one crosscoder reads side by side. Raises `InputError` for layers that
-    the model lacks, or several models with another kind.
+    the model lacks, several models with another kind, or a number of k that is not one each.
     """
     layers = config.layers or tuple(range(n_layers))
     if layers[-1] >= n_layers:
         raise InputError(f"TrainingConfig(layers={config.layers}): the model has layers 0 to {n_layers - 1}")
     if not models:
-        return _PLANS[config.kind](config, layers)
+        planned = _PLANS[config.kind](config, layers)
+        config.k_of(0, len(planned))  # raises where there is not one k each
+        return planned
     if config.kind != "crosscoder":
         raise InputError(f"TrainingConfig(kind={config.kind!r}): several models need kind='crosscoder'")
     return _all_at_once(config, layers, models)

@@ -78,9 +78,9 @@ def run(
     Raises `InputError` for settings that contradict each other, a folder of another run, or bad data.
     """
     planned = plans(config, len(bridge.blocks))
-    config.k_of(0, len(planned))
     context = min(context, int(bridge.cfg.n_ctx))
-    settings = _settings(config, end_to_end, bridge, model=model, data=data, context=context, documents=documents)
+    rest = {"model": model, "data": data, "text_field": text_field, "context": context, "documents": documents}
+    settings = _settings(config, end_to_end, bridge, **rest)
     is_new = _is_new(out, settings)
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
     harvest: dict[str, Any] = {"sites": sites(planned), "documents": documents, "dtype": torch.bfloat16}
@@ -110,8 +110,7 @@ def run(
             listeners=listeners,
             show_progress=show_progress,
         )
-    found = trainee.dictionaries()
-    dictionaries = DictionarySet({one.layer: one for one in found}, out.name, metadata=settings)
+    dictionaries = DictionarySet({one.layer: one for one in trainee.dictionaries()}, out.name, metadata=settings)
     formats.save(dictionaries, out)
     return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"))
 

@@ -46,10 +46,6 @@ class ActiveSet:
         order = self.feature.to(narrow).sort(stable=True).indices
         return ByFeature(order, self.token.index_select(0, order), segment_starts(self.feature, self.n_features))
 
-    def counts(self) -> Int[Tensor, " n_features"]:
-        """At how many tokens each feature fires."""
-        return torch.bincount(self.feature, minlength=self.n_features)
-
 
 def segment_starts(segment: Int[Tensor, " entries"], n_segments: int) -> Int[Tensor, " n_segments"]:
     """Where each segment begins once the entries are in the order of their segments."""
