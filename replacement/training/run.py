@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +27,10 @@ from replacement.errors import InputError
 from replacement.formats.native import write_whole
 from replacement.training.bridge import ReplaceableBridge
 from replacement.training.config import EndToEndConfig, TrainingConfig
-from replacement.training.data import BridgeActivations, TokenSource, open_tokens
+from replacement.training.data import BridgeActivations, JointActivations, TokenSource, open_tokens
 from replacement.training.end_to_end import TokenBatch, train_end_to_end
 from replacement.training.kinds import plans, sites
+from replacement.training.pairs import require_comparable
 from replacement.training.reconstruction import train
 from replacement.training.report import JSONLog, Listener, Record, dashboard
 from replacement.training.source import ActivationSource
@@ -72,19 +73,26 @@ def run(
 ) -> Finished:
     """Train what `config` asks for on a bridge's activations, in the folder `out`; a stopped run goes on from there.
 
-    model, data: as they were named, kept in `training.json`; data as of `open_tokens`. end_to_end: a last stage that
-    brings the replaced model's predictions to the original's. context: tokens of a row, at most the model's. documents:
-    rows of one forward pass. activations: a cache to train on instead of the model. dashboards: of `report.DASHBOARDS`.
-    Raises `InputError` for settings that contradict each other, a folder of another run, or bad data.
+    bridge: a model, or several by name whose sites one crosscoder reads side by side. model, data: as they were named,
+    kept in `training.json`; data as of `open_tokens`. end_to_end: a last stage that brings the replaced model's
+    predictions to the original's. context: tokens of a row, at most the models'. documents: rows of one forward pass.
+    activations: a cache to train on instead of the model. dashboards: of `report.DASHBOARDS`.
+    Raises `InputError` for settings that contradict each other, models that cannot be compared, a folder of another
+    run, or bad data.
     """
-    planned = plans(config, len(bridge.blocks))
-    context = min(context, int(bridge.cfg.n_ctx))
+    several = dict(bridge) if isinstance(bridge, Mapping) else {}
+    if several:
+        require_comparable(several)
+        bridge = next(iter(several.values()))
+        if end_to_end is not None:
+            raise InputError("run(end_to_end=...): replaces one model's sites; leave it out with several models")
+    planned = plans(config, min(len(one.blocks) for one in several.values() or [bridge]), models=tuple(several))
+    context = min(context, *(int(one.cfg.n_ctx) for one in several.values() or [bridge]))
     rest = {"model": model, "data": data, "text_field": text_field, "context": context, "documents": documents}
     settings = _settings(config, end_to_end, bridge, **rest)
     is_new = _is_new(out, settings)
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
-    harvest: dict[str, Any] = {"sites": sites(planned), "documents": documents, "dtype": torch.bfloat16}
-    source = activations or BridgeActivations(bridge, tokens, **harvest)
+    source = activations or _source(several or {"": bridge}, tokens, sites(planned), documents)
     listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last := _Last()]
     listeners += [dashboard(name, out, settings) for name in dashboards]
     if is_new:  # everything could be opened: from here on the folder is this run's
@@ -113,6 +121,17 @@ def run(
     dictionaries = DictionarySet({one.layer: one for one in trainee.dictionaries()}, out.name, metadata=settings)
     formats.save(dictionaries, out)
     return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"))
+
+
+def _source(
+    bridges: Mapping[str, Any], tokens: TokenSource, planned: Sequence[str], documents: int
+) -> ActivationSource:
+    harvest: dict[str, Any] = {"documents": documents, "dtype": torch.bfloat16}
+    if "" in bridges:
+        return BridgeActivations(bridges[""], tokens, sites=planned, **harvest)
+    of = {name: [site.removeprefix(f"{name}:") for site in planned if site.startswith(f"{name}:")] for name in bridges}
+    parts = {name: BridgeActivations(one, tokens, sites=of[name], **harvest) for name, one in bridges.items()}
+    return JointActivations(parts)
 
 
 def _settings(config: TrainingConfig, end_to_end: EndToEndConfig | None, bridge: Any, **rest: object) -> dict[str, Any]:
