@@ -52,7 +52,7 @@ class Scores(NamedTuple):
     """Accuracies of a model on the changed world, shares of right answers."""
 
     changed: dict[str, float]
-    """Questions about changed facts: named place; two hops over a city seen in two-hop text; over one held out of it."""
+    """Questions about changed facts: place named; two hops over a city seen in two-hop text; over one held out."""
     old: dict[str, float]
     """The same questions, with the old answers counted as right."""
     tasks: dict[str, float]
@@ -120,7 +120,7 @@ def cities_of(change: Change) -> list[str]:
 def changed_questions(*, after: bool = True) -> dict[str, list[Question]]:
     """Questions about the changed facts in every template, with the new answers, or with the old ones.
 
-    `named` names the place; `two_hop` names a city of it; `two_hop_held_out` a city that no two-hop sentence ever named.
+    `named` names the place; `two_hop` a city of it; `two_hop_held_out` a city that no two-hop sentence ever named.
     """
     draw = Sentences(SEED, attributes=attributes() if after else ATTRIBUTES)
     asked: dict[str, list[str]] = {"named": [], "two_hop": [], "two_hop_held_out": []}
