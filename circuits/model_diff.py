@@ -121,7 +121,7 @@ def diff_models(
         chosen = layer if layer is not None else max(layers, key=lambda one: one.largest - one.typical).layer
         config = TrainingConfig(
             kind="crosscoder", site=site, layers=(chosen,), n_features=features, k=k, tokens=tokens, seed=seed,
-            batch_tokens=min(1024, tokens), buffer_bytes=64_000_000,
+            batch_tokens=min(1024, tokens), buffer_bytes=64_000_000, start="clusters",
         )  # fmt: skip
         trained = run(
             bridges, model=" and ".join(names), data=data, config=config, out=out / "crosscoder", context=context,
@@ -130,11 +130,11 @@ def diff_models(
         crosscoder = trained.folder
     found = load_crosscoder(crosscoder)
     place = found.parts[0].partition(":")[2]
-    measured = _measure(found, bridges, source, place, held_out)
+    measured = measure(found, bridges, source, place, held_out)
     lists = {tuned: exclusive(measured, tuned=tuned) for tuned in (True, False)}
     listed = {tuned: some[:top].tolist() for tuned, some in lists.items()}
     words = _Words(found, bridges, sorted({*listed[True], *listed[False]}))
-    for held in _held_out(bridges, source, place, held_out):
+    for held in held_out_pairs(bridges, source, place, held_out):
         words.add(held)
     counts = Counter(measured.kinds)
     return Comparison(
@@ -178,7 +178,7 @@ def layer_differences(bridges: Mapping[str, Any], ids: Int[Tensor, "documents po
     return tuple(out)
 
 
-def _held_out(bridges: Mapping[str, Any], source: TokenSource, place: str, tokens: int) -> Iterator[Held]:
+def held_out_pairs(bridges: Mapping[str, Any], source: TokenSource, place: str, tokens: int) -> Iterator[Held]:
     """Both models' activations at the same held-out tokens, so many of them or a few more."""
     harvests = {
         name: BridgeActivations(one, source, sites=[place], documents=_DOCUMENTS, drop_norm=None)
@@ -193,14 +193,14 @@ def _held_out(bridges: Mapping[str, Any], source: TokenSource, place: str, token
         done, index = done + len(keep), index + 1
 
 
-def _measure(
+def measure(
     crosscoder: Crosscoder, bridges: Mapping[str, Any], source: TokenSource, place: str, tokens: int
 ) -> ModelDiff:
     width = int(bridges[BASE].cfg.d_model)
     if crosscoder.d_out != width:
         raise InputError(f"diff-models: the crosscoder reads width {crosscoder.d_out}, the models have {width}")
     sums = LatentScaling(crosscoder)
-    for held in _held_out(bridges, source, place, tokens):
+    for held in held_out_pairs(bridges, source, place, tokens):
         sums.add(held.base, held.tuned)
     return sums.result()
 

@@ -10,6 +10,7 @@ from replacement.activation import ReLU
 from replacement.crosscoder import Crosscoder
 from replacement.errors import InputError
 from replacement.evaluation.model_diff import Kind, LatentScaling, diff, exclusive, kind_of, relative_norms
+from replacement.training import TrainingConfig, plans, train
 
 PARTS = ("base:blocks.1.hook_resid_post", "tuned:blocks.1.hook_resid_post")
 WIDTH, FEATURES, TOKENS = 12, 6, 200
@@ -115,9 +116,49 @@ def test_a_feature_that_never_fires_is_dead_and_new_to_no_one(random) -> None:
 
 
 def test_mistakes_are_named(random) -> None:
-    one, base, tuned = random
+    one = random[0]
     with pytest.raises(InputError, match="was given no token"):
         diff(one, [])
     alone = crosscoder(one.W_dec.detach(), ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"))
-    with pytest.raises(InputError, match="has the parts blocks.0.hook_resid_post, .* needs a site of two models"):
+    with pytest.raises(InputError, match=r"has the parts blocks.0.hook_resid_post, .* needs a site of two models"):
         LatentScaling(alone)
+
+
+class Twins:
+    """Two models that share sixteen sparse directions; at one token in twenty the tuned one writes another direction.
+
+    Such a token reads as direction 0 in the base model, and as direction 16, which nothing else uses, in the tuned one.
+    """
+
+    sites = PARTS
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        rows = torch.eye(32)[:17]
+        f = torch.rand(512, 17, generator=generator) * (torch.rand(512, 17, generator=generator) < 0.1)
+        f[:, [0, 16]] = 0
+        trigger = torch.rand(512, generator=generator) < 0.05
+        base, tuned = f.clone(), f.clone()
+        base[trigger, 0], tuned[trigger, 16] = 1.0, 1.0
+        return dict(zip(PARTS, (base @ rows, tuned @ rows), strict=True)) | {"trigger": trigger}
+
+
+def test_what_the_tuned_model_writes_anew_comes_first() -> None:
+    """Trained from data alone, the first feature of the tuned model's list fires where the planted change is."""
+    config = TrainingConfig(
+        kind="crosscoder", layers=(1,), n_features=32, k=3, tokens=512 * 300, batch_tokens=512, start="clusters",
+        buffer_bytes=10_000_000,
+    )  # fmt: skip
+    source = Twins()
+    one = train(source, plans(config, 2, models=("base", "tuned")), config=config, show_progress=False).dictionaries()[
+        0
+    ]
+    assert isinstance(one, Crosscoder)
+    sums = LatentScaling(one)
+    held = [source.batch(10_000 + i) for i in range(4)]
+    fired = torch.cat([sums.add(*(batch[part] for part in PARTS)) for batch in held])
+    found, trigger = sums.result(), torch.cat([batch["trigger"] for batch in held])
+    first = int(exclusive(found)[0])
+    assert fired[trigger, first].pow(2).sum() > 0.9 * fired[:, first].pow(2).sum()
+    assert bool(found.is_specific()[first]) and found.kinds[first] in (Kind.REWRITTEN, Kind.TUNED_ONLY)
+    assert found.kinds.count(Kind.SHARED) >= 12
