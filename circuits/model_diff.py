@@ -188,8 +188,8 @@ def held_out_pairs(bridges: Mapping[str, Any], source: TokenSource, place: str, 
     while done < tokens:
         base, tuned = (harvests[name].harvest(index) for name in (BASE, TUNED))
         keep = (~base.starts).nonzero()[:, 0]
-        rows = (one.activations[place].cpu()[keep.cpu()] for one in (base, tuned))
-        yield Held(*rows, source.batch(index, _DOCUMENTS), keep.cpu())
+        x, y = (one.activations[place].cpu()[keep.cpu()] for one in (base, tuned))
+        yield Held(x, y, source.batch(index, _DOCUMENTS), keep.cpu())
         done, index = done + len(keep), index + 1
 
 

@@ -191,7 +191,7 @@ def llama_weights(decoder: Decoder) -> dict[str, Tensor]:
     weights = {"model.embed_tokens.weight": decoder.embedding.weight, "model.norm.weight": decoder.norm.weight}
     for layer, block in enumerate(decoder.layers()):
         parts = dict(zip(_QKV, block.attention.qkv.weight.chunk(3), strict=True))
-        parts |= {other: block.get_submodule(name).weight for name, other in _OTHER_NAMES.items()}
+        parts |= {other: block.get_parameter(f"{name}.weight") for name, other in _OTHER_NAMES.items()}
         weights |= {f"model.layers.{layer}.{name}.weight": value for name, value in parts.items()}
     return {name: value.detach().clone().contiguous() for name, value in weights.items()}
 
