@@ -30,7 +30,7 @@ from replacement.pretrained.recipe.vocabulary import word_ids
 from replacement.sites import read_weights
 from replacement.training.data import open_tokens
 
-RANKED_TOKENS, JUDGED_TOKENS, JUDGED_SEED = 15_000, 30_000, 5
+RANKED_TOKENS, JUDGED_TOKENS, JUDGED_SEED = 15_000, 20_000, 5
 HALF, SAID = 0.5, 3
 AT = (1, 5, 10, 20)
 

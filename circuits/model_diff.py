@@ -131,26 +131,35 @@ def diff_models(
     found = load_crosscoder(crosscoder)
     place = found.parts[0].partition(":")[2]
     measured = measure(found, bridges, source, place, held_out)
-    lists = {tuned: exclusive(measured, tuned=tuned) for tuned in (True, False)}
-    listed = {tuned: some[:top].tolist() for tuned, some in lists.items()}
-    words = _Words(found, bridges, sorted({*listed[True], *listed[False]}))
-    for held in held_out_pairs(bridges, source, place, held_out):
-        words.add(held)
     counts = Counter(measured.kinds)
     return Comparison(
         *names,
         data=data,
         site=place,
         counts={str(kind): counts[kind] for kind in Kind},
-        confirmed={name: int(measured.is_specific(tuned=tuned)[lists[tuned]].sum())
-                   for name, tuned in ((TUNED, True), (BASE, False))},
-        tuned_only=tuple(words.feature(i, measured, tuned=True) for i in listed[True]),
-        base_only=tuple(words.feature(i, measured, tuned=False) for i in listed[False]),
+        **_lists(found, measured, bridges, held_out_pairs(bridges, source, place, held_out), top),
         layers=layers,
         tokens=measured.tokens,
         l0=float(measured.rate.sum()),
         crosscoder=str(crosscoder),
-    )  # fmt: skip
+    )
+
+
+def _lists(
+    crosscoder: Crosscoder, measured: ModelDiff, bridges: Mapping[str, Any], text: Iterator[Held], top: int
+) -> dict[str, Any]:
+    """The fields of a comparison that are about what only one model writes."""
+    lists = {tuned: exclusive(measured, tuned=tuned) for tuned in (True, False)}
+    listed = {tuned: some[:top].tolist() for tuned, some in lists.items()}
+    words = _Words(crosscoder, bridges, sorted({*listed[True], *listed[False]}))
+    for held in text:
+        words.add(held)
+    sides = ((TUNED, True), (BASE, False))
+    out = {
+        f"{name}_only": tuple(words.feature(i, measured, tuned=tuned) for i in listed[tuned]) for name, tuned in sides
+    }
+    confirmed = {name: int(measured.is_specific(tuned=tuned)[lists[tuned]].sum()) for name, tuned in sides}
+    return {"confirmed": confirmed, **out}
 
 
 def load_crosscoder(folder: Path) -> Crosscoder:

@@ -80,47 +80,45 @@ def run(
     Raises `InputError` for settings that contradict each other, models that cannot be compared, a folder of another
     run, or bad data.
     """
-    several = dict(bridge) if isinstance(bridge, Mapping) else {}
-    if several:
-        require_comparable(several)
-        bridge = next(iter(several.values()))
-        if end_to_end is not None:
-            raise InputError("run(end_to_end=...): replaces one model's sites; leave it out with several models")
-    planned = plans(config, min(len(one.blocks) for one in several.values() or [bridge]), models=tuple(several))
-    context = min(context, *(int(one.cfg.n_ctx) for one in several.values() or [bridge]))
+    bridges = _bridges(bridge, end_to_end)
+    bridge = next(iter(bridges.values()))
+    planned = plans(config, min(len(one.blocks) for one in bridges.values()), models=tuple(filter(None, bridges)))
+    context = min([context, *(int(one.cfg.n_ctx) for one in bridges.values())])
     rest = {"model": model, "data": data, "text_field": text_field, "context": context, "documents": documents}
     settings = _settings(config, end_to_end, bridge, **rest)
     is_new = _is_new(out, settings)
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
-    source = activations or _source(several or {"": bridge}, tokens, sites(planned), documents)
+    source = activations or _source(bridges, tokens, sites(planned), documents)
     listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last := _Last()]
     listeners += [dashboard(name, out, settings) for name in dashboards]
     if is_new:  # everything could be opened: from here on the folder is this run's
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "training.json", (json.dumps(settings, indent=1) + "\n").encode())
-    trainee = train(
-        source,
-        planned,
-        config=config,
-        checkpoint=out / "checkpoints" / "reconstruction.safetensors",
-        checkpoint_every=checkpoint_every,
-        listeners=listeners,
-        show_progress=show_progress,
-    )
+    watched: Any = {"checkpoint_every": checkpoint_every, "listeners": listeners, "show_progress": show_progress}
+    checkpoints = out / "checkpoints"
+    trainee = train(source, planned, config=config, checkpoint=checkpoints / "reconstruction.safetensors", **watched)
     if end_to_end is not None:
         train_end_to_end(
             ReplaceableBridge(bridge, sites(planned)),
             trainee,
             partial(_batch, tokens, documents=end_to_end.documents),
             config=end_to_end,
-            checkpoint=out / "checkpoints" / "end_to_end.safetensors",
-            checkpoint_every=checkpoint_every,
-            listeners=listeners,
-            show_progress=show_progress,
+            checkpoint=checkpoints / "end_to_end.safetensors",
+            **watched,
         )
     dictionaries = DictionarySet({one.layer: one for one in trainee.dictionaries()}, out.name, metadata=settings)
     formats.save(dictionaries, out)
     return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"))
+
+
+def _bridges(bridge: Any, end_to_end: EndToEndConfig | None) -> dict[str, Any]:
+    """The models by name; one alone has the name ""."""
+    if not isinstance(bridge, Mapping):
+        return {"": bridge}
+    if end_to_end is not None:
+        raise InputError("run(end_to_end=...): replaces one model's sites; leave it out with several models")
+    require_comparable(bridge)
+    return dict(bridge)
 
 
 def _source(
