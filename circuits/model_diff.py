@@ -121,7 +121,7 @@ def diff_models(
         chosen = layer if layer is not None else max(layers, key=lambda one: one.largest - one.typical).layer
         config = TrainingConfig(
             kind="crosscoder", site=site, layers=(chosen,), n_features=features, k=k, tokens=tokens, seed=seed,
-            batch_tokens=min(1024, tokens), buffer_bytes=64_000_000, start="clusters",
+            batch_tokens=min(1024, tokens), buffer_bytes=64_000_000, start="samples",
         )  # fmt: skip
         trained = run(
             bridges, model=" and ".join(names), data=data, config=config, out=out / "crosscoder", context=context,
