@@ -239,13 +239,14 @@ def write_card(out: Path, name: str, figures: str) -> None:
 
 _CARD = f"""# Dictionaries of atlas
 
-Per-layer transcoders with and without a skip connection: each reads an MLP's input (`mlp.hook_in`) and writes its
-output (`mlp.hook_out`). Made by `python -m replacement.pretrained.recipe dictionaries` on generated text:
+Per-layer transcoders with and without a skip connection, which read an MLP's input (`mlp.hook_in`) and write its output
+(`mlp.hook_out`), and a cross-layer transcoder, which writes the outputs of all later MLPs too. Made by `python -m replacement.pretrained.recipe dictionaries` on generated text:
 
 1. features start at clusters of tokens (k-means and Ward's linkage on the MLP's inputs and outputs), each with a linear
    detector of its cluster: 512 coarse clusters and 1,024 fine ones a layer;
 2. all layers learn to reconstruct their MLPs (BatchTopK with a floor under each feature's activation, AuxK; the coarse
-   features must also reconstruct alone); skip connections stay at zero, so that they take nothing from the features;
+   features must also reconstruct alone; the cross-layer transcoder has as many parameters as the transcoders, so fewer
+   features); skip connections stay at zero, so that they take nothing from the features;
 3. the model with *all* MLPs replaced learns the original's next-token distribution, on all answer tokens and a sample
    of the others; skip connections learn from here on;
 4. the last layer's features are widened (biases up, no floor, noise on their inputs) and trained on: narrow ones missed
