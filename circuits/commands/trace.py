@@ -123,8 +123,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _attribute(model: ReplacementModel, arguments: argparse.Namespace, advance: object) -> AttributionGraph:
     from circuits import attribute
 
-    names = ("position", "max_logits", "logit_probability", "max_features", "trace_bos", "engine")
-    names += ("mlp", "attention", "ig_steps")
+    names = ["position", "max_logits", "logit_probability", "max_features", "trace_bos", "engine"]
+    names += ["mlp", "attention", "ig_steps"]
     settings = {name: getattr(arguments, name) for name in names}
     return attribute(model, arguments.prompt, targets=arguments.target, progress=advance, **settings)
 

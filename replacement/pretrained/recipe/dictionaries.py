@@ -240,7 +240,8 @@ def write_card(out: Path, name: str, figures: str) -> None:
 _CARD = f"""# Dictionaries of atlas
 
 Per-layer transcoders with and without a skip connection, which read an MLP's input (`mlp.hook_in`) and write its output
-(`mlp.hook_out`), and a cross-layer transcoder, which writes the outputs of all later MLPs too. Made by `python -m replacement.pretrained.recipe dictionaries` on generated text:
+(`mlp.hook_out`), and a cross-layer transcoder, which writes the outputs of all later MLPs too. Made by
+`python -m replacement.pretrained.recipe dictionaries` on generated text:
 
 1. features start at clusters of tokens (k-means and Ward's linkage on the MLP's inputs and outputs), each with a linear
    detector of its cluster: 512 coarse clusters and 1,024 fine ones a layer;
