@@ -49,59 +49,76 @@ def spliced(
     At a written slot the model's value x becomes x plus what the edits change: the features' writes and the error, both
     those of this run. Position 0 stays as it is. leaves: tensors that are added at written sites, to take gradients at.
     """
-    values = Nodes({}, {})
-    moved: dict[Slot, Tensor | float] = {}  # what edited features add at a slot, filled as the run goes up
-    shifts: dict[int, Tensor] = {}
-    coverage = model.coverage
+    run = _Spliced(model, features, errors, leaves or {})
+    logits = model.bridge.run_with_hooks(tokens, fwd_hooks=run.hooks())
+    return logits, run.values
 
-    def read(slot: Slot) -> Callable[..., None]:
-        dictionary = coverage.at[slot]
+
+class _Spliced:
+    """The hooks of one run, and what they saw."""
+
+    def __init__(
+        self, model: ReplacementModel, features: Edit | None, errors: Edit | None, leaves: Mapping[Slot, Tensor]
+    ) -> None:
+        self.coverage, self.dtype, self.leaves = model.coverage, model.compute_dtype, leaves
+        self.edit_features, self.edit_errors = features, errors
+        self.values = Nodes({}, {})
+        self.inputs: dict[Slot, Tensor] = {}  # what was read
+        self.moved: dict[Slot, Tensor | float] = {}  # what edited features add at a slot, filled as the run goes up
+        self.shifts: dict[int, Tensor] = {}  # by how much a block's middle was moved
+
+    def hooks(self) -> list[sites.Hook]:
+        """All reads before all writes, so that a site that is both is read as it was."""
+        hooks: list[sites.Hook] = []
+        for slot, dictionary in self.coverage.at.items():
+            hooks.append((sites.hook_name(slot.layer, dictionary.read), self._reader(slot)))
+        for slot, site in self.coverage.writes.items():
+            hooks.append((sites.hook_name(slot.layer, site), self._writer(slot)))
+            if slot.place is Place.MID:  # this hook feeds the MLP alone; the stream that goes by it changes as well
+                hooks.append((sites.hook_name(slot.layer, "hook_resid_post"), self._shifter(slot.layer)))
+        return hooks
+
+    def _reader(self, slot: Slot) -> Callable[..., None]:
+        dictionary = self.coverage.at[slot]
 
         def hook(tensor: Tensor, hook: object) -> None:
-            activations = dictionary.encode(tensor.to(model.compute_dtype))
-            activations = torch.cat([torch.zeros_like(activations[:, :1]), activations[:, 1:]], 1)
-            values.features[slot] = activations
-            values.errors[slot] = tensor  # until the write: what a skip connection reads
-            if features is None:
+            self.inputs[slot] = tensor.to(self.dtype)
+            self.values.features[slot] = _without_first(dictionary.encode(self.inputs[slot]))
+            if self.edit_features is None:
                 return
-            change = features(slot, activations) - activations
-            change[:, 0] = 0
+            found = self.values.features[slot]
+            change = _without_first(self.edit_features(slot, found) - found)
             for layer in dictionary.write_layers:
                 written = Slot(layer, slot.place)
-                moved[written] = moved.get(written, 0.0) + dictionary.decode(change, layer)
+                self.moved[written] = self.moved.get(written, 0.0) + dictionary.decode(change, layer)
 
         return hook
 
-    def write(slot: Slot) -> Callable[..., Tensor]:
+    def _writer(self, slot: Slot) -> Callable[..., Tensor]:
+        here = self.coverage.at.get(slot)
+
         def hook(tensor: Tensor, hook: object) -> Tensor:
-            known = (
-                coverage.at[slot].b_dec + coverage.at[slot].skip(values.errors[slot]) if slot in coverage.at else 0.0
-            )
-            for filed, writer in coverage.writers(slot):
-                known = known + writer.decode(values.features[filed], slot.layer)
-            error = tensor - known
-            values.errors[slot] = error
-            new = tensor + moved.get(slot, 0.0)
-            if errors is not None:
-                change = errors(slot, error) - error
-                new = new + torch.cat([torch.zeros_like(change[:, :1]), change[:, 1:]], 1)
-            if leaves is not None and slot in leaves:
-                new = new + leaves[slot]
-            shifts[slot.layer] = new - tensor
+            known = 0.0 if here is None else here.b_dec + here.skip(self.inputs[slot])
+            for filed, writer in self.coverage.writers(slot):
+                known = known + writer.decode(self.values.features[filed], slot.layer)
+            error = self.values.errors[slot] = tensor - known
+            new = tensor + self.moved.get(slot, 0.0)
+            if self.edit_errors is not None:
+                new = new + _without_first(self.edit_errors(slot, error) - error)
+            if slot in self.leaves:
+                new = new + self.leaves[slot]
+            if slot.place is Place.MID:
+                self.shifts[slot.layer] = new - tensor
             return new
 
         return hook
 
-    hooks: list[sites.Hook] = []
-    for slot, dictionary in coverage.at.items():
-        hooks.append((sites.hook_name(slot.layer, dictionary.read), read(slot)))
-    for slot, site in coverage.writes.items():
-        hooks.append((sites.hook_name(slot.layer, site), write(slot)))
-        if slot.place is Place.MID:  # this hook feeds the MLP alone; the stream that goes by it changes as well
-            name = sites.hook_name(slot.layer, "hook_resid_post")
-            hooks.append((name, lambda tensor, hook, layer=slot.layer: tensor + shifts[layer]))
-    logits = model.bridge.run_with_hooks(tokens, fwd_hooks=hooks)
-    return logits, values
+    def _shifter(self, layer: int) -> Callable[..., Tensor]:
+        return lambda tensor, hook: tensor + self.shifts[layer]
+
+
+def _without_first(values: Float[Tensor, "batch pos width"]) -> Float[Tensor, "batch pos width"]:
+    return torch.cat([torch.zeros_like(values[:, :1]), values[:, 1:]], 1)
 
 
 def indirect_effects(
