@@ -17,12 +17,15 @@ from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
 from circuits.selection import partial_influence
-from circuits.targets import Spec, Target, as_specs, from_start, last_position, resolve, stack
-from graphs.graph import AttributionGraph, NodeKind, NodeTable, row_residual
-from replacement.contributions import Contributions, Engine
+from circuits.targets import Spec, Target, as_specs, depth, from_start, last_position, reads, resolve
+from graphs.graph import MLP, AttributionGraph, NodeKind, NodeTable, row_residual
+from replacement.contributions import Contributions, Engine, total_rows
+from replacement.crosscoder import Crosscoder
 from replacement.errors import InputError
+from replacement.linearised import Linearisation
 from replacement.local import LocalModel
 from replacement.model import ReplacementModel
+from replacement.sites import Place, Slot
 
 SWEEP_BYTES = 256 * 2**20  #: what one sweep's working arrays may take
 MAX_RESIDUAL = 0.01  #: relative residual beyond which rows are wrong, not rounded, in float32 and float64
@@ -41,6 +44,9 @@ def attribute(
     logit_probability: float = 0.95,
     engine: str = "linear",
     trace_bos: bool = False,
+    mlp: str = "relp",
+    attention: str = "frozen",
+    ig_steps: int = 10,
     batch_size: int = 512,
     update_interval: int = 4,
     progress: Progress | None = None,
@@ -57,6 +63,7 @@ def attribute(
         left out are no nodes; what they contribute is kept as a sum (`graph.untraced`).
     engine: "linear" (matrix products) or "autograd" (the reference, slow).
     trace_bos: trace position 0 like any other; by the field's convention it has no features and no errors.
+    mlp, attention, ig_steps: what passes where no dictionary stands; see `Linearisation`.
     batch_size, update_interval: features are ranked anew after every `batch_size * update_interval` of them; a
         sweep takes at most `batch_size` targets.
     progress: called with (rows done, rows in all).
@@ -68,24 +75,37 @@ def attribute(
     last = last_position(specs, position, len(tokens))
     specs, at = from_start(specs, len(tokens)), (-1 if position is None else position) % len(tokens)
     with torch.no_grad():
-        local = model.local(tokens[: last + 1], trace_bos=trace_bos)
+        rule = Linearisation(mlp=mlp, attention=attention, steps=ig_steps)
+        local = model.local(tokens[: last + 1], trace_bos=trace_bos, linearisation=rule)
         resolved = resolve(
             model, local, specs, position=min(at, last), max_logits=max_logits, logit_probability=logit_probability
         )
         tracer = _Tracer(local, model.engine(local, engine), resolved, batch_size, progress)
         tracer.run(max_features, batch_size * update_interval)
-        settings = {
+        settings: dict[str, Any] = {
             "engine": engine,
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_features": max_features,
-            "max_logits": max_logits,
-            "logit_probability": logit_probability,
-            "trace_bos": trace_bos,
         }
+        settings |= {"max_logits": max_logits, "logit_probability": logit_probability, "trace_bos": trace_bos}
+        settings |= _how_linearised(local)
         text = prompt if isinstance(prompt, str) else model.bridge.tokenizer.decode(tokens.tolist())
         graph = _assemble(model, tracer, text, settings)
     _require_whole_rows(model, graph)
     return graph
+
+
+def _how_linearised(local: LocalModel) -> dict[str, Any]:
+    """What the graph's header says of parts of the model that no dictionary replaces."""
+    rule = local.linearisation
+    said: dict[str, Any] = {"attention": rule.attention}
+    if local.linearised:
+        said |= {"mlp": rule.mlp, "linearised_mlps": local.linearised} | (
+            {"ig_steps": rule.steps} if rule.mlp == "ig" else {}
+        )
+    if any(isinstance(dictionary, Crosscoder) for dictionary in local.coverage):
+        said["acausal"] = "a crosscoder's feature stands at every layer it writes; reads of later layers are its bias"
+    return said
 
 
 def _check_settings(
@@ -122,8 +142,9 @@ class _Tracer:
         self, local: LocalModel, engine: Engine, targets: list[Target], batch_size: int, progress: Progress | None
     ) -> None:
         self.local, self.engine, self.targets, self.progress = local, engine, targets, progress
-        top = max(target.layer for target in targets)
-        self.reachable = int((local.features.layer < top).sum())  # features are sorted by layer
+        self.depths = [depth(local, target) for target in targets]
+        self.depth = local.features.depth.cpu().numpy()
+        self.reachable = int((self.depth < max(self.depths)).sum())  # features are sorted by depth
         self.batch_size = min(batch_size, _sweep_batch(local))
         self.rows: list[csr_array] = []
         self.constants: list[Float[np.ndarray, "rows 2"]] = []  # bias, bos
@@ -137,18 +158,19 @@ class _Tracer:
             room = wanted - len(self.order)
             chosen = np.arange(self.reachable) if wanted == self.reachable else self._rank()[: min(update_every, room)]
             for batch in self._batches(np.sort(chosen)):
-                self._keep(self.engine.rows(self.local.feature_targets(torch.from_numpy(batch))))
+                index = torch.from_numpy(batch).to(self.local.forward.tokens)
+                self._keep(total_rows(self.engine, self.local.feature_targets(index)))
                 self.order += batch.tolist()
                 if self.progress is not None:
                     self.progress(len(self.order), wanted)
 
     def _trace_targets(self) -> None:
         done: dict[int, tuple[csr_array, np.ndarray]] = {}
-        for layer in sorted({target.layer for target in self.targets}):
-            index = [i for i, target in enumerate(self.targets) if target.layer == layer]
+        for at in sorted(set(self.depths)):
+            index = [i for i, found in enumerate(self.depths) if found == at]
             for start in range(0, len(index), self.batch_size):
                 part = index[start : start + self.batch_size]
-                self._keep(self.engine.rows(stack([self.targets[i] for i in part])))
+                self._keep(total_rows(self.engine, reads(self.local, [self.targets[i] for i in part])))
                 rows, constants = self.rows.pop(), self.constants.pop()
                 done |= {i: (rows[[row]], constants[[row]]) for row, i in enumerate(part)}
         for i in range(len(self.targets)):
@@ -158,21 +180,20 @@ class _Tracer:
     def _rank(self) -> Int[np.ndarray, " n"]:
         """Features without a row, most influential first, by the rows known so far."""
         weights = np.array([target.weight for target in self.targets])
-        layers = np.concatenate(
-            [[target.layer for target in self.targets], self.local.features.layer.cpu().numpy()[self.order]]
-        )
-        influence = partial_influence(vstack(self.rows, format="csr"), layers, np.array(self.order, dtype=int), weights)
+        order = np.array(self.order, dtype=int)
+        depths = np.concatenate([self.depths, self.depth[order]])
+        influence = partial_influence(vstack(self.rows, format="csr"), depths, order, weights)
         influence = influence[: self.reachable]
         influence[self.order] = -1.0
         return np.argsort(-influence, kind="stable")[: self.reachable - len(self.order)]
 
     def _batches(self, features: Int[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " batch"]]:
-        """Batches of one layer each, in the features' order (layer, position), so that prefixes stay short."""
-        layers = self.local.features.layer.cpu().numpy()[features]
-        for layer in np.unique(layers):
-            of_layer = features[layers == layer]
-            for start in range(0, len(of_layer), self.batch_size):
-                yield of_layer[start : start + self.batch_size]
+        """Batches of one depth each, in the features' order (depth, position), so that prefixes stay short."""
+        depths = self.depth[features]
+        for at in np.unique(depths):
+            alike = features[depths == at]
+            for start in range(0, len(alike), self.batch_size):
+                yield alike[start : start + self.batch_size]
 
     def _keep(self, result: Contributions) -> None:
         dense = torch.cat([result.features, result.errors.flatten(1), result.embeddings], 1)
@@ -185,7 +206,7 @@ def _sweep_batch(local: LocalModel) -> int:
     block = local.path.weights.blocks[0]
     heads = block.W_O.shape[0] * block.W_O.shape[1]
     width = local.n_positions * (4 * local.forward.embedding.shape[1] + 3 * heads)
-    sources = len(local.features.layer) + (local.n_layers + 1) * local.n_positions
+    sources = len(local.features.layer) + (len(local.slots) + 1) * local.n_positions
     return max(1, SWEEP_BYTES // ((width + 2 * sources) * local.forward.embedding.element_size()))
 
 
@@ -226,7 +247,7 @@ def _assemble(model: ReplacementModel, tracer: _Tracer, prompt: str, settings: d
         token_ids=tokens.cpu().numpy(),
         n_layers=local.n_layers,
         model=model.name,
-        dictionaries=model.dictionaries.name,
+        dictionaries=model.coverage.name,
         n_active_features=n_all,
         settings=settings,
     )
@@ -234,29 +255,32 @@ def _assemble(model: ReplacementModel, tracer: _Tracer, prompt: str, settings: d
 
 
 def _nodes(model: ReplacementModel, local: LocalModel, targets: list[Target], selected: np.ndarray) -> NodeTable:
-    """Features, errors (layer-major), embeddings, targets."""
-    n_layers, n_pos, n_targets = local.n_layers, local.n_positions, len(targets)
-    layer, position, feature, activation = (column.cpu().numpy()[selected] for column in local.features)
-    positions = np.arange(n_pos)
+    """Features, errors (slot-major), embeddings, targets."""
+    n_pos, n_targets, n_errors = local.n_positions, len(targets), len(local.slots) * local.n_positions
+    layer, place, position, feature, activation = (column.cpu().numpy()[selected] for column in local.features)
+    positions, zeros = np.arange(n_pos), np.zeros(n_errors + n_pos + n_targets)
     tokens = local.forward.tokens
-    features = zip(layer.tolist(), feature.tolist(), strict=True)
+    features = zip(layer.tolist(), place.tolist(), feature.tolist(), strict=True)
+    slots = np.array(local.slots, dtype=int).reshape(-1, 2)
+    at_layer, at_place = np.repeat(slots, n_pos, axis=0).T
     return NodeTable(
         kind=np.repeat(
             [NodeKind.FEATURE, NodeKind.ERROR, NodeKind.EMBEDDING, NodeKind.LOGIT],
-            [len(selected), n_layers * n_pos, n_pos, n_targets],
+            [len(selected), n_errors, n_pos, n_targets],
         ),
-        layer=np.concatenate(
-            [layer, np.repeat(np.arange(n_layers), n_pos), np.full(n_pos, -1), np.full(n_targets, n_layers)]
+        layer=np.concatenate([layer, at_layer, np.full(n_pos, -1), np.full(n_targets, local.n_layers)]),
+        place=np.concatenate([place, at_place, np.full(n_pos + n_targets, MLP)]),
+        position=np.concatenate(
+            [position, np.tile(positions, len(local.slots)), positions, [t.position for t in targets]]
         ),
-        position=np.concatenate([position, np.tile(positions, n_layers), positions, [t.position for t in targets]]),
         feature=np.concatenate(
-            [feature, np.full(n_layers * n_pos, -1), tokens.cpu().numpy(), [target.token for target in targets]]
+            [feature, np.full(n_errors, -1), tokens.cpu().numpy(), [target.token for target in targets]]
         ),
-        activation=np.concatenate([activation, np.zeros(n_layers * n_pos + n_pos + n_targets)]),
-        probability=np.concatenate([np.zeros(len(selected) + n_layers * n_pos + n_pos), [t.weight for t in targets]]),
+        activation=np.concatenate([activation, zeros]),
+        probability=np.concatenate([np.zeros(len(selected) + n_errors + n_pos), [t.weight for t in targets]]),
         label=(
-            *(model.dictionaries.label(*key) for key in features),
-            *[""] * (n_layers * n_pos),
+            *(model.coverage.label(Slot(layer, Place(place)), feature) for layer, place, feature in features),
+            *[""] * n_errors,
             *model.token_strings(tokens),
             *(target.label for target in targets),
         ),

@@ -102,6 +102,8 @@ def _origin(facts: Report) -> Table:
         grid.add_row(Text("comes from", FAINT), _listed(shown, style=TOKEN))
     grid.add_row(Text("model", FAINT), Text(facts.model or "not said"))
     grid.add_row(Text("dictionaries", FAINT), Text(facts.dictionaries or "not said"))
+    if facts.linearised:
+        grid.add_row(Text("linearised", FAINT), Text(facts.linearised))
     return grid
 
 

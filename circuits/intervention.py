@@ -8,43 +8,52 @@ the exact direct effects. Follows circuit-tracer's conventions (Hanna et al. 202
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from circuits.targets import slot_of
+from graphs.graph import PLACES
 from replacement import sites
+from replacement.crosscoder import Crosscoder
 from replacement.errors import InputError
 from replacement.linear import apply_norm
+from replacement.linearised import Linearisation
 from replacement.local import soft_cap
 from replacement.model import ReplacementModel
+from replacement.sites import Place, Slot
 
 FREEZES = ("nothing", "attention", "everything")
 
 
 class Intervention(NamedTuple):
-    """Set a feature to a value at one position."""
+    """Set a feature to a value at one position; of an acausal crosscoder's, what it writes at that layer."""
 
     layer: int
     position: int
     feature: int
     value: float
+    place: str = ""  # pre, attn, mid, mlp or post; needed only where a layer has several dictionaries
 
 
 def intervene(
     model: ReplacementModel,
     prompt: str | Int[Tensor, " pos"],
-    interventions: Sequence[Intervention | tuple[int, int, int, float]],
+    interventions: Sequence[Intervention | tuple[int, int, int, float] | tuple[int, int, int, float, str]],
     *,
     freeze: str = "attention",
+    linearisation: Linearisation | None = None,
 ) -> Float[Tensor, "pos vocab"]:
     """The logits with features set to given values.
 
-    freeze: "attention" (patterns as on the prompt, all else recomputed), "everything" (patterns, norm scales and MLP
-        outputs as on the prompt: only the linear paths of the graph transmit), or "nothing".
+    freeze: "attention" (patterns as on the prompt, all else recomputed), "everything" (patterns, norm scales and what
+        stands at written sites as on the prompt: only the linear paths of the graph transmit), or "nothing".
+    linearisation: with "everything", what passes through MLPs without a dictionary.
     A feature that is given twice at one position gets the last value.
     Raises InputError for a value that is not finite, or a layer, position or feature that does not exist.
     """
@@ -54,93 +63,95 @@ def intervene(
         model.require_frozen_patterns("intervene(freeze='attention')")
     tokens = model.tokenize(prompt)
     made = [_check(model, one, len(tokens)) for one in interventions]
-    checked = list({one[:3]: one for one in made}.values())
+    checked = list({(*one[:3], one.place): one for one in made}.values())
     with torch.no_grad():
-        return _linear(model, tokens, checked) if freeze == "everything" else _rerun(model, tokens, checked, freeze)
+        if freeze == "everything":
+            return _linear(model, tokens, checked, linearisation)
+        return _rerun(model, tokens, checked, freeze)
 
 
-def _check(
-    model: ReplacementModel, given: Intervention | tuple[int, int, int, float], n_positions: int
-) -> Intervention:
-    if len(given) != 4 or any(isinstance(i, bool) or not isinstance(i, Integral) for i in given[:3]):
+def _check(model: ReplacementModel, given: Sequence[Any], n_positions: int) -> Intervention:
+    if not 4 <= len(given) <= 5 or any(isinstance(i, bool) or not isinstance(i, Integral) for i in given[:3]):
         raise InputError(f"intervene({given}): needs (layer, position, feature, value), the first three whole numbers")
     one = Intervention(*given)
     if not math.isfinite(one.value):
         raise InputError(f"{one}: needs a finite value")
-    dictionary = model.dictionaries.by_layer.get(one.layer)
-    if dictionary is None:
-        raise InputError(f"{one}: layers are 0 to {model.n_layers - 1}")
-    if not 0 <= one.feature < dictionary.n_features:
-        raise InputError(f"{one}: features of layer {one.layer} are 0 to {dictionary.n_features - 1}")
+    slot = slot_of(model, one.layer, one.place, what=f"{one}", feature=one.feature)
+    if not 0 <= one.feature < model.coverage.at[slot].n_features:
+        raise InputError(f"{one}: features of layer {one.layer} are 0 to {model.coverage.at[slot].n_features - 1}")
     if not -n_positions <= one.position < n_positions:
         raise InputError(f"{one}: positions of this prompt are 0 to {n_positions - 1}")
-    return one._replace(position=one.position % n_positions)
+    return one._replace(position=one.position % n_positions, place=PLACES[slot.place])
+
+
+def _slot(one: Intervention) -> Slot:
+    return Slot(one.layer, Place(PLACES.index(one.place)))
+
+
+def _changes(
+    model: ReplacementModel, slot: Slot, of_slot: list[Intervention], activations: Float[Tensor, "pos n_features"]
+) -> Iterator[tuple[Slot, int, Float[Tensor, " d_model"]]]:
+    """What interventions on features of one slot add: slot that is written, position, vector."""
+    dictionary = model.coverage.at[slot]
+    layers = (slot.layer,) if isinstance(dictionary, Crosscoder) else dictionary.write_layers
+    for one in of_slot:
+        change = one.value - activations[one.position, one.feature]
+        feature = torch.tensor([one.feature], device=activations.device)
+        for layer in layers:
+            yield Slot(layer, slot.place), one.position, change * dictionary.write_rows(feature, layer)[0]
 
 
 def _rerun(
     model: ReplacementModel, tokens: Int[Tensor, " pos"], interventions: list[Intervention], freeze: str
 ) -> Float[Tensor, "pos vocab"]:
-    """The language model itself, with hooks that add each feature's change; activations are those of this very run."""
-    hooks: list[sites.Hook] = []
-    if freeze == "attention":
-        hooks += sites.freeze_hooks(sites.forward(model.bridge, tokens, model.compute_dtype), norms=False)
-    changes: dict[int, list[tuple[int, Tensor]]] = {}  # write layer -> (position, vector), filled as the run goes up
+    """The language model itself, with hooks that add each feature's change; activations are those of this very run.
 
-    def reader(layer: int, of_layer: list[Intervention]) -> Callable[..., None]:
-        dictionary = model.dictionaries.by_layer[layer]
-
-        def hook(tensor: Tensor, hook: object) -> None:
-            activations = dictionary.encode(tensor[0].to(model.compute_dtype))
-            for one in of_layer:
-                change = one.value - activations[one.position, one.feature]
-                feature = torch.tensor([one.feature], device=tensor.device)
-                for write_layer in dictionary.write_layers:
-                    vector = change * dictionary.write_rows(feature, write_layer)[0]
-                    changes.setdefault(write_layer, []).append((one.position, vector))
-
-        return hook
-
-    def writer(layer: int) -> Callable[..., Tensor]:
-        def hook(tensor: Tensor, hook: object) -> Tensor:
-            tensor = tensor.clone()
-            for position, vector in changes.get(layer, ()):
-                tensor[0, position] += vector.to(tensor.dtype)
-            return tensor
-
-        return hook
-
-    by_layer: dict[int, list[Intervention]] = {}
+    A crosscoder reads layers that come after its writes: of its features the prompt's own activations are taken.
+    """
+    forward = sites.forward(model.bridge, tokens, model.compute_dtype)
+    hooks: list[sites.Hook] = sites.freeze_hooks(forward, norms=False) if freeze == "attention" else []
+    added: dict[Slot, Tensor] = defaultdict(lambda: torch.zeros_like(forward.embedding))  # filled as the run goes up
+    by_slot: dict[Slot, list[Intervention]] = defaultdict(list)
     for one in interventions:
-        by_layer.setdefault(one.layer, []).append(one)
-    for layer, of_layer in sorted(by_layer.items()):
-        hooks.append((sites.hook_name(layer, model.dictionaries.by_layer[layer].read), reader(layer, of_layer)))
-    write_layers = {layer for one in by_layer for layer in model.dictionaries.by_layer[one].write_layers}
-    for layer in sorted(write_layers):
-        site = model.dictionaries.writers(layer)[0].write
-        hooks.append((sites.hook_name(layer, site), writer(layer)))
+        by_slot[_slot(one)].append(one)
+
+    def note(slot: Slot, activations: Float[Tensor, "pos n_features"]) -> None:
+        for written, position, vector in _changes(model, slot, by_slot[slot], activations):
+            added[written][position] += vector
+
+    def reader(slot: Slot) -> Callable[..., None]:
+        return lambda tensor, hook: note(slot, model.coverage.at[slot].encode(tensor[0].to(model.compute_dtype)))
+
+    def writer(slot: Slot) -> Callable[..., Tensor]:
+        return lambda tensor, hook: tensor + added[slot].to(tensor.dtype) if slot in added else tensor
+
+    for slot in by_slot:
+        dictionary = model.coverage.at[slot]
+        if isinstance(dictionary, Crosscoder):
+            parts = [forward.blocks[layer].at[dictionary.read] for layer in dictionary.part_layers]
+            note(slot, dictionary.encode(torch.cat(parts, -1)))
+        else:
+            hooks.append((sites.hook_name(slot.layer, dictionary.read), reader(slot)))
+    for slot, site in model.coverage.writes.items():
+        hooks.append((sites.hook_name(slot.layer, site), writer(slot)))
+        if slot.place is Place.MID:  # this hook feeds the MLP alone; the stream that goes by it changes as well
+            hooks.append((sites.hook_name(slot.layer, "hook_resid_post"), writer(slot)))
     return sites.hooked(model.bridge, tokens, hooks)
 
 
 def _linear(
-    model: ReplacementModel, tokens: Int[Tensor, " pos"], interventions: list[Intervention]
+    model: ReplacementModel,
+    tokens: Int[Tensor, " pos"],
+    interventions: list[Intervention],
+    linearisation: Linearisation | None,
 ) -> Float[Tensor, "pos vocab"]:
     """The change carried up the frozen linear path, added to the residual stream of the prompt."""
-    local = model.local(tokens, trace_bos=True)
-    path, weights = local.path, model.weights
-    change = torch.zeros_like(local.forward.embedding)
-    for layer in range(model.n_layers):
-        attention = path.attention(layer, change, bias=False)
-        middle = path.middle(layer, change, attention)
-        value = torch.zeros_like(change)
-        dictionary = model.dictionaries.by_layer[layer]
-        value += dictionary.skip(path.read(layer, dictionary.read, middle, bias=False))
-        for one in interventions:
-            writer = model.dictionaries.by_layer[one.layer]
-            if layer in writer.write_layers:
-                x = local.forward.blocks[one.layer].reads[writer.read][one.position]
-                activation = writer.encode(x[None])[0, one.feature]
-                feature = torch.tensor([one.feature], device=value.device)
-                value[one.position] += (one.value - activation) * writer.write_rows(feature, layer)[0]
-        change = change + attention + path.write(layer, local.write_site(layer), value, bias=False)
+    local, weights = model.local(tokens, trace_bos=True, linearisation=linearisation), model.weights
+    added: dict[Slot, Tensor] = {}
+    for one in interventions:
+        activations = model.coverage.at[_slot(one)].encode(local.read(model.coverage.at[_slot(one)]))
+        for slot, position, vector in _changes(model, _slot(one), [one], activations):
+            added.setdefault(slot, torch.zeros_like(local.forward.embedding))[position] += vector
+    *_, change = local.carry(added)
     final = local.forward.final + apply_norm(weights.ln_final, local.forward.ln_final_scale, change, bias=False)
     return soft_cap(final @ weights.W_U + weights.b_U, weights.logit_soft_cap)

@@ -120,6 +120,8 @@ class Report:
     """The prompt's tokens, most influential first."""
     themes: tuple[Theme, ...]
     routes: tuple[Route, ...]
+    linearised: str
+    """How parts of the model that no dictionary replaces became linear, in words; "" where there are none."""
 
 
 def report(
@@ -154,7 +156,21 @@ def report(
         sources=sources(pruned),
         themes=themes(pruned, k=n_themes),
         routes=routes(pruned, k=n_routes),
+        linearised=linearised(graph),
     )
+
+
+def linearised(graph: AttributionGraph) -> str:
+    """Return what the graph's header says of the parts of the model that no dictionary replaces, in words."""
+    rules = {"relp": "layer-wise relevance", "jacobian": "gradient", "ig": "integrated gradients", "stop": "nothing"}
+    settings, said = graph.settings, []
+    if layers := settings.get("linearised_mlps"):
+        every = len(layers) == graph.n_layers
+        where = "all layers" if every else "layers " + ", ".join(str(layer) for layer in layers)
+        said.append(f"MLPs of {where} by {rules.get(str(settings.get('mlp')), str(settings.get('mlp')))}")
+    if settings.get("attention") == "gradient":
+        said.append("attention by its full gradient")
+    return printable("; ".join(said))
 
 
 def size(graph: AttributionGraph) -> Size:

@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from graphs.graph import PLACES
 from replacement.errors import InputError
 from replacement.local import LocalModel, Targets
 from replacement.model import ReplacementModel
+from replacement.sites import Place, Slot
 
-_FEATURE = re.compile(r"\s*L(\d{1,9})\s*#(\d{1,9})\s*@(-?\d{1,9})\s*")
+_FEATURE = re.compile(r"\s*L(\d{1,9})(?:\.(pre|attn|mid|mlp|post))?\s*#(\d{1,9})\s*@(-?\d{1,9})\s*")
 
 
 class Direction(NamedTuple):
@@ -32,28 +34,31 @@ class Direction(NamedTuple):
 
 
 class Feature(NamedTuple):
-    """A feature's pre-activation, written `L{layer}#{feature}@{position}`."""
+    """A feature's pre-activation, written `L{layer}#{feature}@{position}`, or `L{layer}.{place}#...`.
+
+    The place is needed only where a layer has several dictionaries.
+    """
 
     layer: int
     feature: int
     position: int
+    place: str = ""  # one of PLACES
 
 
 Spec = str | int | Feature | Direction | Tensor
 
 
 class Target(NamedTuple):
-    """One scalar to explain: `row . x[position] + bias` with x at `layer`'s read site (or after the last norm)."""
+    """One scalar to explain: a feature's pre-activation, or `row . x[position] + bias` after the last norm."""
 
-    layer: int  # n_layers: after the last norm
-    site: str
     position: int
-    row: Float[Tensor, " d_model"]
-    bias: float
     value: float  # on the prompt, from the forward pass
-    weight: float  # p: probability of a token, 1 for anything else
-    token: int  # vocabulary id, -1 where the target is no token
     label: str
+    weight: float = 1.0  # p: probability of a token, 1 for anything else
+    token: int = -1  # vocabulary id, -1 where the target is no token
+    row: Float[Tensor, " d_model"] | None = None
+    bias: float = 0.0
+    feature: int = -1  # which of the local model's active features
 
 
 def as_specs(targets: Spec | Sequence[Spec] | None) -> list[Spec] | None:
@@ -76,7 +81,10 @@ def _as_spec(given: object) -> Spec:
     """One target as a known kind; raises InputError where it is none."""
     if isinstance(given, str):
         match = _FEATURE.fullmatch(given)
-        return Feature(*(int(group) for group in match.groups())) if match else given
+        if match is None:
+            return given
+        layer, place, feature, position = match.groups()
+        return Feature(int(layer), int(feature), int(position), place or "")
     if isinstance(given, Feature | Direction) or (isinstance(given, Tensor) and given.is_floating_point()):
         return given
     if isinstance(given, Tensor) and given.ndim == 0 and given.dtype != torch.bool:
@@ -155,7 +163,7 @@ def _resolve(model: ReplacementModel, local: LocalModel, spec: Spec, position: i
         weight = float(forward.logits[position].softmax(-1)[token])
         label = model.token_strings(torch.tensor([token]))[0]
     value = float(forward.final[position] @ row) + bias
-    return Target(local.n_layers, "", position, row, bias, value, weight, token, label)
+    return Target(position, value, label, weight, token, row, bias)
 
 
 def _check_direction(direction: Direction, d_model: int) -> None:
@@ -168,23 +176,37 @@ def _check_direction(direction: Direction, d_model: int) -> None:
 
 
 def _resolve_feature(model: ReplacementModel, local: LocalModel, spec: Feature) -> Target:
-    name = f"L{spec.layer}#{spec.feature}@{spec.position}"
-    dictionary = model.dictionaries.by_layer.get(spec.layer)
-    if dictionary is None or not 0 <= spec.feature < dictionary.n_features:
+    name = f"L{spec.layer}{spec.place and '.' + spec.place}#{spec.feature}@{spec.position}"
+    slot = slot_of(model, spec.layer, spec.place, what=f"target {name}", feature=spec.feature)
+    if not 0 <= spec.feature < model.coverage.at[slot].n_features:
         raise InputError(
-            f"target {name}: no such feature in {model.dictionaries.name}; layers 0 to {model.n_layers - 1}"
+            f"target {name}: no such feature in {model.coverage.name}; it has features 0 to "
+            f"{model.coverage.at[slot].n_features - 1} there"
         )
-    position, table = spec.position, local.features
-    found = (table.layer == spec.layer) & (table.feature == spec.feature) & (table.position == position)
+    table = local.features
+    here = local.filed_at(slot) & (table.feature == spec.feature)
+    found = here & (table.position == spec.position)
     if not found.any():
-        where = sorted(set(table.position[(table.layer == spec.layer) & (table.feature == spec.feature)].tolist()))
+        where = sorted(set(table.position[here].tolist()))
         active = f"it is at positions {', '.join(map(str, where))}" if where else "it is nowhere on this prompt"
         raise InputError(f"target {name}: is not active there; {active}")
-    index = found.nonzero()[:, 0]
-    targets = local.feature_targets(index)
-    label = model.dictionaries.label(spec.layer, spec.feature) or f"L{spec.layer} #{spec.feature}"
-    value = float(table.activation[index[0]])
-    return Target(spec.layer, targets.site, position, targets.rows[0], float(targets.biases[0]), value, 1.0, -1, label)
+    index = int(found.nonzero()[0, 0])
+    label = model.coverage.label(slot, spec.feature) or f"L{spec.layer} #{spec.feature}"
+    return Target(spec.position, float(table.activation[index]), label, feature=index)
+
+
+def slot_of(model: ReplacementModel, layer: int, place: str, *, what: str, feature: int) -> Slot:
+    """Where a feature stands; raises InputError, `what` first, where there is nothing, or more than one thing."""
+    slots = [slot for slot in model.coverage.at if slot.layer == layer]
+    chosen = [slot for slot in slots if not place or PLACES[slot.place] == place]
+    if len(chosen) == 1:
+        return chosen[0]
+    if not slots:
+        layers = sorted({slot.layer for slot in model.coverage.at})
+        known = f"layers are {layers[0]} to {layers[-1]}" if layers else "it has none"
+        raise InputError(f"{what}: no such feature in {model.coverage.name}; {known}")
+    names = " or ".join(f"L{layer}.{PLACES[slot.place]}#{feature}" for slot in slots)
+    raise InputError(f"{what}: needs the place of a dictionary in layer {layer}; write {names}")
 
 
 def token_id(model: ReplacementModel, text: str) -> int:
@@ -209,13 +231,16 @@ def _difference(model: ReplacementModel, text: str) -> tuple[int, int] | None:
     return token_id(model, plus), token_id(model, minus)
 
 
-def stack(targets: list[Target]) -> Targets:
-    """Targets of one layer as a batch for the engine."""
-    first = targets[0]
-    return Targets(
-        first.layer,
-        first.site,
-        torch.tensor([target.position for target in targets], device=first.row.device),
-        torch.stack([target.row for target in targets]),
-        torch.tensor([target.bias for target in targets], dtype=first.row.dtype, device=first.row.device),
-    )
+def reads(local: LocalModel, targets: list[Target]) -> list[Targets]:
+    """Targets of one depth as the engine takes them; their rows add up over the list."""
+    if targets[0].row is None:
+        return local.feature_targets(torch.tensor([target.feature for target in targets]).to(local.forward.tokens))
+    rows = torch.stack([target.row for target in targets if target.row is not None])
+    positions = torch.tensor([target.position for target in targets], device=rows.device)
+    biases = torch.tensor([target.bias for target in targets], dtype=rows.dtype, device=rows.device)
+    return [Targets(local.n_layers, "", positions, rows, biases)]
+
+
+def depth(local: LocalModel, target: Target) -> int:
+    """Where a target stands in the order of computation, comparable with the depths of features."""
+    return local.n_layers * len(Place) if target.row is not None else int(local.features.depth[target.feature])

@@ -18,6 +18,7 @@ from graphs.files import whole_file
 from graphs.graph import AttributionGraph, NodeKind
 from graphs.layout import FONT_SIZE, Layout, lay_out
 from graphs.names import node_ids, node_name, printable
+from graphs.names import where as layer_and_place
 
 if TYPE_CHECKING:
     import graphviz
@@ -183,7 +184,8 @@ def _tooltip(graph: AttributionGraph, node: int) -> str:
     where = f"position {int(nodes.position[node])}"
     if nodes.is_feature[node]:
         where = (
-            f"L{int(nodes.layer[node])} #{int(nodes.feature[node])}, {where}, activation {nodes.activation[node]:.3g}"
+            f"{layer_and_place(graph, node)} #{int(nodes.feature[node])}, {where}, "
+            f"activation {nodes.activation[node]:.3g}"
         )
     return f"{node_name(graph, node)} ({where})".replace("\\", "\\\\")
 

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
     import networkx
 
+PLACES = ("pre", "attn", "mid", "mlp", "post")
+"""Where in a block a node stands, in the order of computation: the stream before attention, attention's output, the
+stream after it, the MLP, the stream after that.
+"""
+MLP = PLACES.index("mlp")
 TINY = 1e-30
 """Smallest scale that a row's residual is divided by, so that an all-zero row has residual 0."""
 
@@ -56,10 +61,14 @@ class NodeTable:
     """The weight p of a target, 0 for other kinds. float64."""
     label: tuple[str, ...]
     """Words for the node, "" where there are none."""
+    place: Int[np.ndarray, " n_nodes"] | None = None
+    """Index into `PLACES` of what a feature or an error stands for; int8, given None all stand for MLPs."""
 
     def __post_init__(self) -> None:
-        dtypes = {"kind": np.int8, "layer": np.int32, "position": np.int32, "feature": np.int64}
-        for name in ("kind", "layer", "position", "feature", "activation", "probability"):
+        dtypes = {"kind": np.int8, "layer": np.int32, "position": np.int32, "feature": np.int64, "place": np.int8}
+        if self.place is None:
+            object.__setattr__(self, "place", np.full(len(self.kind), MLP))
+        for name in ("kind", "layer", "position", "feature", "activation", "probability", "place"):
             object.__setattr__(self, name, _frozen(getattr(self, name), dtypes.get(name, np.float64)))
         object.__setattr__(self, "label", tuple(self.label))
         for column in fields(self):
@@ -72,6 +81,10 @@ class NodeTable:
         if len(self) and (self.kind.min() < 0 or self.kind.max() > NodeKind.LOGIT):
             raise InputError(
                 f"NodeTable(kind=...): got {set(self.kind.tolist())}, needs the values of NodeKind, 0 to 3"
+            )
+        if len(self) and not ((self.places >= 0) & (self.places < len(PLACES))).all():
+            raise InputError(
+                f"NodeTable(place=...): got {set(self.places.tolist())}, needs 0 to {len(PLACES) - 1}, as in PLACES"
             )
         for name in ("activation", "probability"):
             if not np.isfinite(getattr(self, name)).all():
@@ -88,6 +101,17 @@ class NodeTable:
         rows = np.flatnonzero(index) if index.dtype == bool else index
         columns = {c.name: getattr(self, c.name)[rows] for c in fields(self) if c.name != "label"}
         return NodeTable(**columns, label=tuple(self.label[i] for i in rows.tolist()))
+
+    @property
+    def places(self) -> Int[np.ndarray, " n_nodes"]:
+        """The column `place`, which is always there."""
+        assert self.place is not None
+        return self.place
+
+    @property
+    def depth(self) -> Int[np.ndarray, " n_nodes"]:
+        """A number that grows in the order of computation: every edge of a traced graph leads to a larger one."""
+        return self.layer.astype(np.int64) * len(PLACES) + np.where(self.is_feature | self.is_error, self.places, 0)
 
     @property
     def is_feature(self) -> Bool[np.ndarray, " n_nodes"]:
@@ -120,17 +144,21 @@ class AttributionGraph:
     every node with inputs. It is a law of the full graph; pruning drops edges, and a pruned graph keeps the full
     graph's `residual`.
 
-    Full graphs hold their nodes in the reference order: features by (layer, position, feature), errors by (layer,
-    position), embeddings by position, then the targets. Pruned graphs keep that order.
+    Full graphs hold their nodes in the reference order: features by (layer, place, position, feature), errors by
+    (layer, place, position), embeddings by position, then the targets. Pruned graphs keep that order.
     """
 
     nodes: NodeTable
     adjacency: csr_array
     """[n_nodes, n_nodes], rows are targets, columns sources, signed weights, float32 or float64; no explicit zeros."""
     bias: Float[np.ndarray, " n_nodes"]
-    """Sum of all constant terms of the row; 0 for nodes that have no row, as in the next three. float64."""
+    """Sum of all constant terms of the row; 0 for nodes that have no row, as in the next three. float64.
+
+    For features of an SAE at the output of an MLP or attention, also what the linearisation of that part misses; for
+    those of an acausal crosscoder, also what they read in later layers.
+    """
     bos: Float[np.ndarray, " n_nodes"]
-    """What the MLPs write at position 0, which by the field's convention has no feature nodes."""
+    """What is written at position 0, which by the field's convention has no feature nodes."""
     untraced: Float[np.ndarray, " n_nodes"]
     """What active features that are no nodes of this graph contribute (left out by `max_features`)."""
     pre_activation: Float[np.ndarray, " n_nodes"]

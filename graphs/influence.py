@@ -76,10 +76,10 @@ def row_sums(graph: AttributionGraph) -> Float[np.ndarray, " n_nodes"]:
 def topological_levels(graph: AttributionGraph) -> Int[np.ndarray, " n_nodes"]:
     """Return a level per node such that every edge leads from a lower to a higher one.
 
-    The layer, where that is such a level (every graph that this project makes); else networkx's topological
-    generations, which raises InputError where there is a cycle.
+    The depth (layer, then place), where that is such a level (every graph that this project makes); else networkx's
+    topological generations, which raises InputError where there is a cycle.
     """
-    levels = graph.nodes.layer
+    levels = graph.nodes.depth
     if (levels[graph.edge_sources] < levels[graph.edge_targets]).all():
         return levels
     from graphs.structure import generations

@@ -5,7 +5,7 @@ Knows nothing of file formats or pictures.
 
 from __future__ import annotations
 
-from graphs.graph import AttributionGraph, NodeKind
+from graphs.graph import MLP, PLACES, AttributionGraph, NodeKind
 
 _CONTROL = {code: f"\\x{code:02x}" for code in [*range(32), 127, *range(128, 160), 0xFFFE, 0xFFFF]}
 _CONTROL.update({ord("\n"): "⏎", ord("\r"): "⏎", ord("\t"): "⇥"})
@@ -19,16 +19,22 @@ def printable(text: str) -> str:
 def node_name(graph: AttributionGraph, node: int) -> str:
     """Return one node in words: its label, or a fallback such as `L3 #1204`; no position."""
     nodes = graph.nodes
-    kind, layer = NodeKind(int(nodes.kind[node])), int(nodes.layer[node])
+    kind = NodeKind(int(nodes.kind[node]))
     if label := nodes.label[node]:
         return printable(label)
     if kind is NodeKind.FEATURE:
-        return f"L{layer} #{int(nodes.feature[node])}"
+        return f"{where(graph, node)} #{int(nodes.feature[node])}"
     if kind is NodeKind.ERROR:
-        return f"error L{layer}"
+        return f"error {where(graph, node)}"
     if kind is NodeKind.EMBEDDING:
         return printable(_token(graph, node))
     return f"target {int(nodes.feature[node])}" if nodes.feature[node] >= 0 else "target"
+
+
+def where(graph: AttributionGraph, node: int) -> str:
+    """Return a feature's or error's layer, and its place where that is not the MLP: `L3`, `L3.attn`."""
+    layer, place = int(graph.nodes.layer[node]), int(graph.nodes.places[node])
+    return f"L{layer}" if place == MLP else f"L{layer}.{PLACES[place]}"
 
 
 def node_names(graph: AttributionGraph) -> list[str]:
@@ -40,7 +46,8 @@ def node_ids(graph: AttributionGraph) -> list[str]:
     """Return the viewers' `node_id` of every node, unique within the graph.
 
     Features `{layer}_{feature}_{position}`, errors `{layer}_-1_{position}`, embeddings `E_{token}_{position}`, targets
-    `{n_layers+1}_{token}_{position}`; targets that are no token count down from -1.
+    `{n_layers+1}_{token}_{position}`; targets that are no token count down from -1. Where places of one layer share a
+    number, the second gets `_2` behind it.
     """
     nodes, taken, ids = graph.nodes, set(), []
     for kind, layer, feature, position in zip(

@@ -16,7 +16,7 @@ import numpy as np
 
 from graphs.errors import InputError
 from graphs.files import whole_file
-from graphs.graph import AttributionGraph, NodeKind
+from graphs.graph import PLACES, AttributionGraph, NodeKind
 from graphs.names import node_ids
 from graphs.neuronpedia_reader import PROBABILITY, pruning_thresholds, read_neuronpedia
 
@@ -153,7 +153,7 @@ def _identity(graph: AttributionGraph, i: int, node_id: str) -> dict[str, Any]:
     if kind is NodeKind.FEATURE:
         fields = cantor(layer, feature), str(layer), f"{layer}_{feature}-0", label
     elif kind is NodeKind.ERROR:
-        fields = -1, str(layer), f"{layer}_-1-{position}", label or f'Err: mlp "{token}"'
+        fields = -1, str(layer), f"{layer}_-1-{position}", label or f'Err: {PLACES[nodes.places[i]]} "{token}"'
     elif kind is NodeKind.EMBEDDING:
         fields = position, "E", f"E_{feature}-{position}", f'Emb: "{label or token}"'
     else:

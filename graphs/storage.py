@@ -30,7 +30,9 @@ NODE_COLUMNS = {
     "feature": "I64",
     "activation": "F64",
     "probability": "F64",
+    "place": "I8",
 }
+OPTIONAL = ("influence", "nodes.place")  # tensors that a file may lack; the second came with a later release
 HEADER_TYPES: dict[str, Any] = {
     "prompt": str,
     "tokens": list,
@@ -92,7 +94,8 @@ def load(path: str | PathLike[str]) -> AttributionGraph:
     n_nodes = len(tensors["nodes.kind"])
     edges = (tensors["adjacency.weights"], tensors["adjacency.indices"], tensors["adjacency.indptr"])
     try:
-        nodes = NodeTable(**{name: tensors[f"nodes.{name}"] for name in NODE_COLUMNS}, label=tuple(header["labels"]))
+        columns = {name: tensors.get(f"nodes.{name}") for name in NODE_COLUMNS}
+        nodes = NodeTable(**columns, label=tuple(header["labels"]))  # type: ignore[arg-type]
         return AttributionGraph(
             nodes=nodes,
             adjacency=csr_array(edges, shape=(n_nodes, n_nodes)),
@@ -137,7 +140,7 @@ def _tensors(source: Path, stored: Any) -> dict[str, np.ndarray]:
     expected |= {"token_ids": ("I64",), "influence": ("F64",), "adjacency.weights": ("F32", "F64")}
     expected |= {"adjacency.indices": ("I32",), "adjacency.indptr": ("I64",)}
     names = set(stored.keys())
-    missing = sorted(set(expected) - names - {"influence"})
+    missing = sorted(set(expected) - names - set(OPTIONAL))
     if missing or names - set(expected):
         what = f"lacks {missing[0]!r}" if missing else f"has an unknown tensor {min(names - set(expected))!r}"
         _refuse(source, what, "trace the prompt again")

@@ -7,25 +7,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from replacement.linear import Gradients
+from replacement.linear import Entry, Gradients
 from replacement.local import LocalModel, Targets
-from replacement.sites import Norm
 
 
 class Contributions(NamedTuple):
     """Signed contributions of all sources to a batch of targets; along a row they sum to the target's value."""
 
     features: Float[Tensor, "n n_features"]
-    errors: Float[Tensor, "n n_layers pos"]
+    errors: Float[Tensor, "n slots pos"]
     embeddings: Float[Tensor, "n pos"]
     bias: Float[Tensor, " n"]  # all constants: b_dec, attention and norm biases, position embeddings, the target's own
-    bos: Float[Tensor, " n"]  # what the MLPs write at position 0, zero where position 0 is traced
+    bos: Float[Tensor, " n"]  # what is written at position 0, zero where position 0 is traced
 
 
 @runtime_checkable
@@ -42,11 +42,17 @@ def zero_contributions(local: LocalModel, n: int) -> Contributions:
     like = local.forward.embedding
     return Contributions(
         like.new_zeros(n, len(local.features.layer)),
-        like.new_zeros(n, local.n_layers, local.n_positions),
+        like.new_zeros(n, len(local.slots), local.n_positions),
         like.new_zeros(n, local.n_positions),
         like.new_zeros(n),
         like.new_zeros(n),
     )
+
+
+def total_rows(engine: Engine, reads: Sequence[Targets]) -> Contributions:
+    """Rows of targets that read several sites: the sum of the rows of each."""
+    parts = [engine.rows(targets) for targets in reads]
+    return parts[0] if len(parts) == 1 else Contributions(*(sum(of) for of in zip(*parts, strict=True)))
 
 
 class LinearEngine:
@@ -54,32 +60,32 @@ class LinearEngine:
 
     def __init__(self, local: LocalModel) -> None:
         self.local = local
+        self.slots = {slot: index for index, slot in enumerate(local.slots)}
 
     def rows(self, targets: Targets) -> Contributions:
-        local, path = self.local, self.local.path
-        gradient, own_bias = read_gradient(local, targets)
-        result = zero_contributions(local, len(targets.rows))
+        entry, own_bias = enter(self.local, targets)
+        result = zero_contributions(self.local, len(targets.rows))
         result.bias.add_(own_bias)
-        if targets.layer < local.n_layers and not path.weights.parallel:
-            attention, _ = local.constant_stream[targets.layer]
-            result.bias.add_((gradient * attention[targets.positions]).sum(-1))
-        for gradients in path.sweep(gradient, targets.positions, targets.layer):
-            if gradients.layer >= 0:
-                self._add_block(gradients, result)
+        for gradients in self.local.path.sweep(entry):
+            if gradients.slot is None:
+                self._add_embeddings(gradients.stream, result)
             else:
-                self._add_embeddings(gradients.post, result)
+                self._add_slot(gradients, result)
         return result
 
-    def _add_block(self, gradients: Gradients, result: Contributions) -> None:
-        local, (layer, post, attention) = self.local, gradients
-        prefix = post.shape[1]
-        at_write = local.path.transpose_write(layer, local.write_site(layer), post)
-        attention_constant, mlp_constant = local.constant_stream[layer]
-        result.errors[:, layer, :prefix] = torch.einsum("bpd,pd->bp", at_write, local.errors[layer, :prefix])
-        result.bias.add_(torch.einsum("bpd,pd->b", post, mlp_constant[:prefix]))
-        result.bias.add_(torch.einsum("bpd,pd->b", attention, attention_constant[:prefix]))
-        result.bos.add_(at_write[:, 0] @ local.bos[layer])
-        writes = local.writes[layer]
+    def _add_slot(self, gradients: Gradients, result: Contributions) -> None:
+        local, (slot, stream) = self.local, gradients
+        assert slot is not None
+        prefix = stream.shape[1]
+        if (constant := local.constants.get(slot)) is not None:
+            result.bias.add_(torch.einsum("bpd,pd->b", stream, constant[:prefix]))
+        if (index := self.slots.get(slot)) is None:
+            return
+        at_write = local.path.transpose_write(slot.layer, local.write_site(slot), stream)
+        result.errors[:, index, :prefix] = torch.einsum("bpd,pd->bp", at_write, local.errors[index, :prefix])
+        result.bos.add_(at_write[:, 0] @ local.bos[index])
+        if (writes := local.writes.get(slot)) is None:
+            return
         counts = torch.bincount(writes.position, minlength=local.n_positions)[:prefix].tolist()
         if not (total := sum(counts)):
             return
@@ -97,17 +103,13 @@ class LinearEngine:
             result.bias.add_(torch.einsum("bpd,pd->b", gradient, forward.position_embedding[:prefix]))
 
 
-def read_gradient(local: LocalModel, targets: Targets) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, " n"]]:
-    """The targets' gradients at the residual stream where they read, and the part of their value that no source
-    moves."""
-    path, own_bias = local.path, targets.biases
-    norm: Norm | None = None
+def enter(local: LocalModel, targets: Targets) -> tuple[Entry, Float[Tensor, " n"]]:
+    """Where the targets' gradients enter the residual stream, and the part of their value that no source moves."""
+    path = local.path
     if targets.layer == local.n_layers:
-        norm = path.weights.ln_final
-        gradient = path.transpose_final(targets.rows, targets.positions)
-    else:
-        norm = path.weights.blocks[targets.layer].ln2 if targets.site == "mlp.hook_in" else None
-        gradient = path.transpose_read(targets.layer, targets.site, targets.rows, targets.positions)
-    if norm is not None and norm.bias is not None:
-        own_bias = own_bias + targets.rows @ norm.bias
-    return gradient, own_bias
+        bias = path.weights.ln_final.bias
+        own_bias = targets.biases if bias is None else targets.biases + targets.rows @ bias
+        return path.final_entry(targets.rows, targets.positions), own_bias
+    constant = local.read_constant(targets.layer, targets.site, written=targets.written)[targets.positions]
+    entry = path.entry(targets.layer, targets.site, targets.rows, targets.positions, written=targets.written)
+    return entry, targets.biases + (targets.rows * constant).sum(-1)

@@ -1,24 +1,25 @@
 """The linear path of a language model on one prompt, forwards and transposed.
 
 With attention patterns and norm scales frozen at their values on the prompt, what flows from any write to any later
-read is a linear map: norms, value and output maps of attention, skip connections of dictionaries. This file applies
-that map (`attention`, `read`, `write`) and its transpose (`sweep`) as plain matrix products: no hooks, no autograd. It
-knows nothing of features.
+read is a linear map: norms, value and output maps of attention, skip connections of dictionaries, linearised MLPs. This
+file applies that map (`attention`, `read`, `write`) and its transpose (`sweep`) as plain matrix products: no hooks, and
+no autograd but where attention's full gradient is asked for. It knows nothing of features.
 
-Places in the residual stream are called by block: `pre` (before attention), `mid` (after attention, where the MLP
-reads; in a parallel block the same as `pre`), `post` (after the MLP's write).
+The residual stream is called by block: `pre` (before attention), `mid` (after attention, where the MLP reads; in a
+parallel block the same as `pre`), `post` (after the MLP's write).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replacement.sites import BlockPass, BlockWeights, ForwardPass, ModelWeights, Norm
+from replacement.linearised import AttentionGradient, LinearMLP
+from replacement.sites import BlockPass, BlockWeights, ForwardPass, ModelWeights, Norm, Place, Slot
 
 
 class Skip(NamedTuple):
@@ -30,11 +31,19 @@ class Skip(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients on the way down, at one block."""
+    """Gradients on the way down, at one slot: in the residual stream where what is written there is added or stands."""
 
-    layer: int
-    post: Float[Tensor, "batch prefix d_model"]  # at the block's output, where the MLP's write is added
-    attention: Float[Tensor, "batch prefix d_model"]  # where attention's write is added
+    slot: Slot | None  # None: the embeddings
+    stream: Float[Tensor, "batch prefix d_model"]
+
+
+class Entry(NamedTuple):
+    """Where a sweep starts: gradients at single positions of the residual stream."""
+
+    gradient: Float[Tensor, "batch d_model"]
+    positions: Int[Tensor, " batch"]
+    first: Slot | None  # the first slot below; None: the embeddings
+    only_attention: bool = False  # the gradient lies at what attention adds, not at the stream
 
 
 def apply_norm(norm: Norm, scale: Float[Tensor, "... pos 1"], x: Tensor, *, bias: bool = True) -> Tensor:
@@ -53,8 +62,24 @@ def transpose_norm(norm: Norm, scale: Float[Tensor, "... pos 1"], gradient: Tens
 class LinearPath:
     """The frozen linear maps of one prompt."""
 
-    def __init__(self, weights: ModelWeights, forward: ForwardPass, skips: dict[int, Skip]) -> None:
-        self.weights, self.forward, self.skips = weights, forward, skips
+    def __init__(
+        self,
+        weights: ModelWeights,
+        forward: ForwardPass,
+        *,
+        skips: Mapping[int, Skip],
+        written: Mapping[Slot, str],
+        mlps: Mapping[int, LinearMLP],
+        attentions: list[AttentionGradient] | None = None,
+    ) -> None:
+        """Take the prompt's forward pass.
+
+        skips, mlps: by layer. written: the site that dictionaries write at each slot; nothing of what stood there
+        before passes on. mlps: linearised MLPs of layers where the MLP itself is passed through. attentions: full
+        gradients by layer; None for frozen patterns.
+        """
+        self.weights, self.forward, self.skips, self.written = weights, forward, skips, written
+        self.mlps, self.attentions = mlps, attentions
         self.n_layers = len(weights.blocks)
         self.n_positions = forward.tokens.shape[0]
 
@@ -65,25 +90,31 @@ class LinearPath:
 
     def write_norm(self, layer: int, site: str) -> tuple[Norm, Float[Tensor, "pos 1"]] | None:
         """The norm between a write site and the stream, with its scale; None where there is none."""
+        if site == "attn.hook_out":
+            return self.attention_norm(layer)
         norm, scale = self.weights.blocks[layer].ln2_post, self.forward.blocks[layer].ln2_post_scale
-        return None if site == "hook_mlp_out" or norm is None or scale is None else (norm, scale)
+        return None if site != "mlp.hook_out" or norm is None or scale is None else (norm, scale)
 
     # ---- forwards
 
     def attention(self, layer: int, residual: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
-        """What attention adds to the stream at `layer`, its patterns frozen."""
+        """What attention adds to the stream at `layer`, linearised; of a full gradient without its error."""
+        return self.write(layer, "attn.hook_out", self.raw_attention(layer, residual, bias=bias), bias=bias)
+
+    def raw_attention(self, layer: int, residual: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
+        """The same before a post-norm, at `attn.hook_out`."""
         weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
         x = apply_norm(weights.ln1, block.ln1_scale, residual, bias=bias)
+        if self.attentions is not None:
+            out = self.attentions[layer].forward(x)
+            return out + self.attentions[layer].constant if bias else out
         values = torch.einsum("pd,gde->gpe", x, weights.W_V)
         if bias and weights.b_V is not None:
             values = values + weights.b_V[:, None]
         groups = weights.W_O.shape[0] // weights.W_V.shape[0]
         mixed = torch.matmul(block.pattern.unflatten(0, (-1, groups)), values[:, None]).flatten(0, 1)
         out = torch.einsum("hpe,hed->pd", mixed, weights.W_O)
-        if bias and weights.b_O is not None:
-            out = out + weights.b_O
-        post_norm = self.attention_norm(layer)
-        return out if post_norm is None else apply_norm(*post_norm, out, bias=bias)
+        return out + weights.b_O if bias and weights.b_O is not None else out
 
     def read(self, layer: int, site: str, mid: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
         """The activations at a read site, from the residual stream where the MLP of `layer` reads."""
@@ -103,15 +134,18 @@ class LinearPath:
         """The residual stream where the MLP of `layer` reads."""
         return residual if self.weights.parallel else residual + attention
 
-    def constants(self, layer: int) -> tuple[Float[Tensor, "pos d_model"], Float[Tensor, "pos d_model"]]:
-        """What biases alone add to the stream at `layer`: through attention, and through skip and post-norm."""
-        zero = torch.zeros_like(self.forward.embedding)
-        attention = self.attention(layer, zero)
-        skip = self.skips.get(layer)
-        if skip is None:
-            return attention, zero
-        mlp = self.read(layer, skip.read, zero) @ skip.W_skip.T
-        return attention, self.write(layer, skip.write, mlp, bias=False)
+    def mlp(self, layer: int, mid: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
+        """What a linearised MLP puts at `mlp.hook_out`, without its error; zero where it passes nothing."""
+        if (mlp := self.mlps.get(layer)) is None:
+            return torch.zeros_like(mid)
+        out = mlp.forward(self.read(layer, "mlp.hook_in", mid, bias=bias))
+        return out + mlp.constant if bias else out
+
+    def skip(self, layer: int, mid: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
+        """What a dictionary's skip connection puts at its write site; zero where there is none."""
+        if (skip := self.skips.get(layer)) is None:
+            return torch.zeros_like(mid)
+        return self.read(layer, skip.read, mid, bias=bias) @ skip.W_skip.T
 
     # ---- transposed
 
@@ -125,66 +159,172 @@ class LinearPath:
         gradient = gradient / scale
         return gradient - gradient.mean(-1, keepdim=True) if norm.center else gradient
 
-    def transpose_write(self, layer: int, site: str, gradient: Float[Tensor, "batch pos d_model"]) -> Tensor:
-        """From gradients at `post` to gradients at a write site."""
+    def transpose_write(
+        self, layer: int, site: str, gradient: Tensor, positions: Int[Tensor, " n"] | slice | None = None
+    ) -> Tensor:
+        """From gradients in the stream to gradients at a write site; positions as in `transpose_read`, None for a
+        prefix of them."""
         if (post_norm := self.write_norm(layer, site)) is None:
             return gradient
         norm, scale = post_norm
-        return transpose_norm(norm, scale[: gradient.shape[1]], gradient)
+        return transpose_norm(norm, scale[slice(0, gradient.shape[1]) if positions is None else positions], gradient)
 
-    def transpose_final(self, directions: Float[Tensor, "n d_model"], positions: Int[Tensor, " n"]) -> Tensor:
-        """From directions at the last norm's output to gradients at the last block's `post`."""
-        return transpose_norm(self.weights.ln_final, self.forward.ln_final_scale[positions], directions)
+    def entry(self, layer: int, site: str, gradient: Tensor, positions: Int[Tensor, " n"], *, written: bool) -> Entry:
+        """Where gradients at a read site of a layer go in, one position a row.
 
-    def sweep(
-        self, gradient: Float[Tensor, "batch d_model"], positions: Int[Tensor, " batch"], layer: int
-    ) -> Iterator[Gradients]:
-        """Pull gradients back through the network, block by block, from block `layer - 1` down to the embeddings.
-
-        `gradient` lies at `mid` of block `layer`, one position a row; `layer` may be the number of layers, then it
-        lies at the last block's `post`. The last item, of layer -1, holds the gradient at the embeddings as `post`.
-        Only the causal prefix of positions is carried: `prefix` is the largest position plus one.
+        written: whether the site is written too, as by an SAE; the gradients then lie on what stood there before.
         """
-        post = self._step_into(gradient, positions, layer)
-        for below in range(layer - 1, -1, -1):
-            mid = self._skip_step(below, post)
-            attention = post if self.weights.parallel else mid
-            yield Gradients(below, post, attention)
-            post = mid + self._attention_step(below, attention)
-        yield Gradients(-1, post, post)
+        if not written:  # a dictionary that replaces the MLP
+            below = Slot(layer, Place.PRE if self.weights.parallel else Place.MID)
+            return Entry(self.transpose_read(layer, site, gradient, positions), positions, below)
+        if site == "hook_resid_post":
+            return Entry(gradient, positions, Slot(layer, Place.MLP))
+        if site == "hook_resid_mid":
+            return Entry(gradient, positions, Slot(layer, Place.ATTENTION))
+        if site == "hook_resid_pre":
+            return Entry(gradient, positions, Slot(layer - 1, Place.POST) if layer else None)
+        if site in ("attn.hook_out", "hook_attn_out"):
+            if site == "hook_attn_out":
+                gradient = self.transpose_write(layer, "attn.hook_out", gradient, positions)
+            return Entry(gradient, positions, Slot(layer, Place.ATTENTION), only_attention=True)
+        if site == "hook_mlp_out":
+            gradient = self.transpose_write(layer, "mlp.hook_out", gradient, positions)
+        mlp = self.mlps.get(layer)
+        gradient = torch.zeros_like(gradient) if mlp is None else mlp.transpose(gradient, positions)
+        return self.entry(layer, "mlp.hook_in", gradient, positions, written=False)
 
-    def _step_into(self, gradient: Tensor, positions: Tensor, layer: int) -> Float[Tensor, "batch prefix d_model"]:
-        """From single positions at `mid` of `layer` to `pre`: attention's step costs one query position, not all."""
-        prefix = int(positions.max()) + 1
-        full = gradient.new_zeros(gradient.shape[0], prefix, gradient.shape[1])
-        if layer < self.n_layers and not self.weights.parallel:
-            weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
-            out = gradient
-            if (post_norm := self.attention_norm(layer)) is not None:
-                out = transpose_norm(post_norm[0], post_norm[1][positions], out)
-            heads = torch.einsum("bd,hed->bhe", out, weights.W_O)
-            groups = weights.W_O.shape[0] // weights.W_V.shape[0]
-            pattern = block.pattern[:, positions, :prefix].unflatten(0, (-1, groups))  # [kv, group, batch, key]
-            mixed = torch.einsum("gjbk,bgje->gbke", pattern, heads.unflatten(1, (-1, groups)))
-            full = _value_transpose(weights, block, mixed)
-        rows = torch.arange(len(positions), device=positions.device)
-        full[rows, positions] += gradient
-        return full
+    def final_entry(self, directions: Float[Tensor, "n d_model"], positions: Int[Tensor, " n"]) -> Entry:
+        """Where directions at the last norm's output go in."""
+        gradient = transpose_norm(self.weights.ln_final, self.forward.ln_final_scale[positions], directions)
+        return Entry(gradient, positions, Slot(self.n_layers - 1, Place.POST))
 
-    def _skip_step(self, layer: int, post: Float[Tensor, "batch prefix d_model"]) -> Tensor:
-        """From `post` to `mid` (in a parallel block, to `pre` without attention's part)."""
-        if layer not in self.skips:
-            return post
-        skip = self.skips[layer]
-        gradient = self.transpose_write(layer, skip.write, post) @ skip.W_skip
-        return post + self.transpose_read(layer, skip.read, gradient, slice(0, post.shape[1]))
+    def sweep(self, entry: Entry) -> Iterator[Gradients]:
+        """Pull gradients back through the network, slot by slot, down to the embeddings or a slot that lets none by.
+
+        Yields every slot's gradient in the stream, whether or not anything is written there; the last item, of slot
+        None, holds the gradient at the embeddings. Only the causal prefix of positions is carried: `prefix` is the
+        largest position plus one.
+        """
+        gradient, positions, first, _ = entry
+        stream = gradient.new_zeros(len(gradient), int(positions.max()) + 1, gradient.shape[1])
+        stream[torch.arange(len(positions), device=positions.device), positions] = gradient
+        if first is None:
+            yield Gradients(None, stream)
+            return
+        for layer in range(first.layer, -1, -1):
+            top = first.place if layer == first.layer else Place.POST
+            entered = entry if layer == first.layer and top <= Place.MID else None
+            to_pre: Tensor | float = 0.0
+            if top >= Place.POST:
+                yield Gradients(Slot(layer, Place.POST), stream)
+                if Slot(layer, Place.POST) in self.written:
+                    return
+            if top >= Place.MLP:
+                yield Gradients(Slot(layer, Place.MLP), stream)
+                through = self._mlp_step(layer, stream, slice(0, stream.shape[1]))
+                stream, to_pre = (stream, through) if self.weights.parallel else (stream + through, 0.0)
+            if top >= Place.MID and not self.weights.parallel:
+                yield Gradients(Slot(layer, Place.MID), stream)
+                if Slot(layer, Place.MID) in self.written:
+                    return
+            if top >= Place.ATTENTION:
+                if entered is None or not entered.only_attention:
+                    yield Gradients(Slot(layer, Place.ATTENTION), stream)
+                stream = self._through_attention(layer, stream, entered) + to_pre
+            yield Gradients(Slot(layer, Place.PRE), stream)
+            if Slot(layer, Place.PRE) in self.written:
+                return
+        yield Gradients(None, stream)
+
+    def direct(self, entry: Entry) -> Iterator[tuple[Slot | None, Float[Tensor, "batch d_model"]]]:
+        """The same gradients by paths that no attention is on, so that each stays at its own position.
+
+        Yields the stream's gradient at every slot on the way down, attention's output among them, as `sweep` does.
+        """
+        stream, positions = entry.gradient, entry.positions
+        if entry.only_attention:
+            assert entry.first is not None
+            yield entry.first, stream
+            return
+        first = entry.first
+        for layer in range(-1 if first is None else first.layer, -1, -1):
+            top = first.place if first is not None and layer == first.layer else Place.POST
+            to_pre: Tensor | float = 0.0
+            for place in reversed(Place):
+                slot = Slot(layer, place)
+                if place > top or (place is Place.MID and self.weights.parallel):
+                    continue
+                yield slot, stream
+                if place is Place.MLP and self.weights.parallel:
+                    to_pre = self._mlp_step(layer, stream, positions)
+                elif place is Place.MLP:
+                    stream = stream + self._mlp_step(layer, stream, positions)
+                elif place is Place.ATTENTION:
+                    stream = stream + to_pre
+                elif slot in self.written:
+                    return
+        yield None, stream
+
+    def head_gradients(
+        self, layer: int, gradient: Float[Tensor, "batch d_model"], positions: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch heads key d_model"]:
+        """From gradients at attention's output (before a post-norm) to `pre`, by what each head alone carries."""
+        weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
+        heads = torch.einsum("bd,hed->bhe", gradient, weights.W_O)
+        groups = weights.W_O.shape[0] // weights.W_V.shape[0]
+        values = torch.einsum("bgje,gde->bgjd", heads.unflatten(1, (-1, groups)), weights.W_V).flatten(1, 2)
+        spread = block.pattern[:, positions].transpose(0, 1)[..., None] * values[:, :, None]
+        return transpose_norm(weights.ln1, block.ln1_scale, spread)
+
+    def _mlp_step(self, layer: int, post: Tensor, positions: Int[Tensor, " batch"] | slice) -> Tensor | float:
+        """From `post` to where the MLP reads, by the skip connection or the linearised MLP.
+
+        post: gradients at single positions, one a row, or [batch, prefix, d_model] with a slice of positions.
+        """
+        if layer in self.skips:
+            skip = self.skips[layer]
+            gradient = self.transpose_write(layer, skip.write, post, positions) @ skip.W_skip
+            return self.transpose_read(layer, skip.read, gradient, positions)
+        if layer in self.mlps and Slot(layer, Place.MLP) not in self.written:
+            gradient = self.transpose_write(layer, "mlp.hook_out", post, positions)
+            gradient = self.mlps[layer].transpose(gradient, positions)
+            return self.transpose_read(layer, "mlp.hook_in", gradient, positions)
+        return 0.0
+
+    def _through_attention(self, layer: int, stream: Tensor, entered: Entry | None) -> Tensor:
+        """From `mid` to `pre`: the stream itself, and attention's part where nothing has taken its place.
+
+        entered: the sweep's entry, where it goes in at this very layer: one query position a row, not all.
+        """
+        if entered is not None and entered.only_attention:
+            return self._attention_of(layer, torch.zeros_like(stream), entered)
+        if Slot(layer, Place.ATTENTION) in self.written:
+            return stream
+        if entered is None or self.attentions is not None:
+            return stream + self._attention_step(layer, self.transpose_write(layer, "attn.hook_out", stream))
+        gradient = self.transpose_write(layer, "attn.hook_out", entered.gradient, entered.positions)
+        return self._attention_of(layer, stream, entered._replace(gradient=gradient))
+
+    def _attention_of(self, layer: int, stream: Tensor, entered: Entry) -> Tensor:
+        """Add attention's part of gradients at single positions of its output to a stream's."""
+        _, positions, _, _ = entered
+        if self.attentions is not None:
+            full = torch.zeros_like(stream)
+            full[torch.arange(len(positions), device=positions.device), positions] = entered.gradient
+            return stream + self._attention_step(layer, full)
+        weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
+        heads = torch.einsum("bd,hed->bhe", entered.gradient, weights.W_O)
+        groups = weights.W_O.shape[0] // weights.W_V.shape[0]
+        pattern = block.pattern[:, positions, : stream.shape[1]].unflatten(0, (-1, groups))  # [kv, group, batch, key]
+        mixed = torch.einsum("gjbk,bgje->gbke", pattern, heads.unflatten(1, (-1, groups)))
+        return stream + _value_transpose(weights, block, mixed)
 
     def _attention_step(self, layer: int, out: Float[Tensor, "batch prefix d_model"]) -> Tensor:
-        """From what attention adds to `pre`."""
+        """From attention's output, before a post-norm, to `pre`."""
         weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
         batch, prefix, _ = out.shape
-        if (post_norm := self.attention_norm(layer)) is not None:
-            out = transpose_norm(post_norm[0], post_norm[1][:prefix], out)
+        if self.attentions is not None:
+            return transpose_norm(weights.ln1, block.ln1_scale[:prefix], self.attentions[layer].transpose(out))
         kv_heads, _, d_head = weights.W_V.shape
         n_heads = weights.W_O.shape[0]
         heads = (out.reshape(batch * prefix, -1) @ weights.W_O.flatten(0, 1).T).view(batch, prefix, n_heads, d_head)

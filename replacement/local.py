@@ -1,52 +1,63 @@
 """The local replacement model of one prompt: active features, errors, and all else that its residual stream holds.
 
-Every MLP's output is written as `sum_i a_i d_i + b_dec (+ W_skip x) + error`; with the linear path between, the model's
+What stands at a written site is `sum_i a_i d_i + b_dec (+ W_skip x) + error`; with the linear path between, the model's
 logits on this prompt are reproduced exactly. Position 0 follows the field's convention: it carries no features and no
-errors, and what the MLPs write there is one source of its own, `bos`. Speaks of sites, features, decoder rows and
-errors; knows nothing of graphs.
+errors, and what is written there is one source of its own, `bos`. Speaks of slots, features, decoder rows and errors;
+knows nothing of graphs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from replacement.dictionary import DictionarySet
+from replacement.coverage import Coverage, replaces_what_it_reads
+from replacement.crosscoder import Crosscoder
+from replacement.dictionary import Dictionary
 from replacement.linear import LinearPath, Skip, apply_norm
-from replacement.sites import ForwardPass, ModelWeights
+from replacement.linearised import Linearisation, LinearMLP, attention_gradients, linear_mlp
+from replacement.neurons import Neurons, neurons
+from replacement.sites import WRITES, ForwardPass, ModelWeights, Place, Slot
 
-DEFAULT_WRITE = "hook_mlp_out"  # where the error of a layer that has no dictionary is written
+RESIDUAL = (Place.PRE, Place.MID, Place.POST)
 
 
 class Features(NamedTuple):
-    """Active features, sorted by layer, position, feature."""
+    """Active features, sorted by layer, place, position, feature."""
 
     layer: Int[Tensor, " n"]
+    place: Int[Tensor, " n"]
     position: Int[Tensor, " n"]
     feature: Int[Tensor, " n"]
     activation: Float[Tensor, " n"]
 
+    @property
+    def depth(self) -> Int[Tensor, " n"]:
+        """A number that grows in the order of computation: a feature has only sources of smaller depth."""
+        return self.layer * len(Place) + self.place
+
 
 class Targets(NamedTuple):
-    """Scalars whose sources are asked for, all read at the same block (or, at `layer == n_layers`, after the last
-    norm).
+    """Scalars whose sources are asked for, all read at one site (or, at `layer == n_layers`, after the last norm).
 
     A target's value is `rows . x[position] + biases`, with x the activations at the site.
     """
 
     layer: int
-    site: str  # a read site; not used at layer == n_layers
+    site: str  # not used at layer == n_layers
     positions: Int[Tensor, " n"]
     rows: Float[Tensor, "n d_model"]
     biases: Float[Tensor, " n"]
+    written: bool = False  # whether the site is written too, as by an SAE: what is read stood there before
 
 
 class Writes(NamedTuple):
-    """What active features write at one layer's write site, sorted by position."""
+    """What active features write at one slot, sorted by position."""
 
     source: Int[Tensor, " n"]  # which feature of Features
     position: Int[Tensor, " n"]
@@ -57,103 +68,267 @@ class LocalModel:
     """A prompt's frozen linear model; built by `ReplacementModel.local`."""
 
     features: Features
-    errors: Float[Tensor, "layer pos d_model"]  # at each layer's write site
-    bos: Float[Tensor, "layer d_model"]  # what the MLPs write at position 0 beyond b_dec and skip
+    slots: tuple[Slot, ...]  # where errors are written, in the order of computation
+    errors: Float[Tensor, "slots pos d_model"]  # at each slot's site
+    bos: Float[Tensor, "slots d_model"]  # what is written at position 0 beyond b_dec and skip
     trace_bos: bool
 
     def __init__(
-        self, weights: ModelWeights, forward: ForwardPass, dictionaries: DictionarySet, *, trace_bos: bool
+        self,
+        weights: ModelWeights,
+        forward: ForwardPass,
+        coverage: Coverage,
+        *,
+        trace_bos: bool,
+        linearisation: Linearisation,
+        bridge: Any = None,
     ) -> None:
-        self.forward, self.dictionaries, self.trace_bos = forward, dictionaries, trace_bos
-        skips = {d.layer: Skip(d.W_skip.detach(), d.read, d.write) for d in dictionaries if d.W_skip is not None}
-        self.path = LinearPath(weights, forward, skips)
+        """bridge: the language model, for MLPs and attention that are passed through."""
+        self.forward, self.coverage, self.trace_bos, self.linearisation = forward, coverage, trace_bos, linearisation
+        skips = {d.layer: Skip(d.W_skip.detach(), d.read, d.write) for d in coverage if d.W_skip is not None}
+        self.n_layers, self.n_positions = len(weights.blocks), forward.tokens.shape[0]
+        gradient = linearisation.attention == "gradient"
+        self.path = LinearPath(
+            weights,
+            forward,
+            skips=skips,
+            written=coverage.writes,
+            mlps=self._linear_mlps(bridge),
+            attentions=attention_gradients(bridge, forward, [b.b_O for b in weights.blocks]) if gradient else None,
+        )
         self.features = self._encode()
+        self.slots = self._error_slots()
         self.errors, self.bos = self._errors()
 
-    @property
-    def n_layers(self) -> int:
-        return self.path.n_layers
+    def write_site(self, slot: Slot) -> str:
+        """The site at which a slot is written: the dictionaries' own, else the raw output of attention or MLP."""
+        return self.coverage.writes.get(slot, _RAW[slot.place])
 
-    @property
-    def n_positions(self) -> int:
-        return self.path.n_positions
+    @cached_property
+    def linearised(self) -> list[int]:
+        """Layers whose MLP is linearised: nobody replaces it, or what replaces its output reads it too."""
+        writers = {layer: self.coverage.writers(Slot(layer, Place.MLP)) for layer in range(self.n_layers)}
+        return [layer for layer, found in writers.items() if not found or replaces_what_it_reads(found[0][1])]
 
-    def write_site(self, layer: int) -> str:
-        """The site at which `layer`'s MLP is replaced."""
-        writers = self.dictionaries.writers(layer)
-        return writers[0].write if writers else DEFAULT_WRITE
+    def _linear_mlps(self, bridge: Any) -> dict[int, LinearMLP]:
+        rule = self.linearisation
+        if not self.linearised or rule.mlp == "stop":
+            return {}
+        own = neurons(bridge, self.forward.embedding.dtype, layers=self.linearised)
+        blocks = self.forward.blocks
+        return {one.layer: linear_mlp(cast(Neurons, one), blocks[one.layer].at["mlp.hook_in"], rule) for one in own}
 
     def _encode(self) -> Features:
         parts = []
-        for dictionary in self.dictionaries:
-            activations = dictionary.encode(self.forward.blocks[dictionary.layer].reads[dictionary.read])
-            if not self.trace_bos:
-                activations[0] = 0
+        encoded: dict[Dictionary, Tensor] = {}
+        for slot, dictionary in self.coverage.at.items():
+            if dictionary not in encoded:
+                encoded[dictionary] = dictionary.encode(self.read(dictionary))
+                if not self.trace_bos:
+                    encoded[dictionary][0] = 0
+            activations = encoded[dictionary]
             position, feature = activations.nonzero(as_tuple=True)  # sorted by position, then feature
-            layer = torch.full_like(position, dictionary.layer)
-            parts.append(Features(layer, position, feature, activations[position, feature]))
+            layer, place = (torch.full_like(position, int(value)) for value in slot)
+            parts.append(Features(layer, place, position, feature, activations[position, feature]))
         if not parts:
             empty = torch.zeros(0, dtype=torch.long, device=self.forward.tokens.device)
-            return Features(empty, empty, empty, empty.to(self.forward.embedding.dtype))
+            return Features(empty, empty, empty, empty, empty.to(self.forward.embedding.dtype))
         return Features(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    def read(self, dictionary: Dictionary) -> Float[Tensor, "pos d_in"]:
+        """What a dictionary reads, the parts of a crosscoder side by side."""
+        layers = dictionary.part_layers if isinstance(dictionary, Crosscoder) else (dictionary.layer,)
+        return torch.cat([self.forward.blocks[layer].at[dictionary.read] for layer in layers], -1)
+
+    def filed_at(self, slot: Slot) -> Bool[Tensor, " n"]:
+        """Which active features stand at a slot."""
+        return (self.features.layer == slot.layer) & (self.features.place == int(slot.place))
+
+    # ---- what is written
+
+    def _error_slots(self) -> tuple[Slot, ...]:
+        """Slots that dictionaries write, and those where a linearisation misses something."""
+        slots = set(self.coverage.writes)
+        if self.linearisation.mlp != "relp":
+            slots |= {Slot(layer, Place.MLP) for layer in range(self.n_layers)}
+        if self.linearisation.attention == "gradient":
+            slots |= {Slot(layer, Place.ATTENTION) for layer in range(self.n_layers)}
+        return tuple(sorted(slots))
+
     def _errors(self) -> tuple[Tensor, Tensor]:
-        blocks = enumerate(self.forward.blocks)
-        errors = torch.stack([block.writes[self.write_site(layer)] for layer, block in blocks])
-        for dictionary in self.dictionaries:
-            x = self.forward.blocks[dictionary.layer].reads[dictionary.read]
-            errors[dictionary.layer] -= dictionary.b_dec + dictionary.skip(x)
-        for layer, writes in enumerate(self.writes):
-            errors[layer].index_add_(0, writes.position, writes.vectors, alpha=-1)
+        """What stands at each slot's site, less all that is known of it."""
+        errors = self.forward.embedding.new_zeros(len(self.slots), self.n_positions, self.forward.embedding.shape[1])
+        for error, slot in zip(errors, self.slots, strict=True):
+            error += self.forward.blocks[slot.layer].at[self.write_site(slot)]
+            if slot in self.coverage.writes:
+                error -= self.output_bias(slot) + self.skip(slot)
+                writes = self.writes[slot]
+                error.index_add_(0, writes.position, writes.vectors, alpha=-1)
+            else:
+                error -= self._linear_part(slot)
         bos = torch.zeros_like(errors[:, 0])
         if not self.trace_bos:  # the whole of position 0 is one source: features and what they miss
             bos = errors[:, 0].clone()
             errors[:, 0] = 0
         return errors, bos
 
-    @cached_property
-    def writes(self) -> tuple[Writes, ...]:
-        """What the active features write, by layer."""
-        return tuple(self._writes(layer) for layer in range(self.n_layers))
+    def _linear_part(self, slot: Slot) -> Float[Tensor, "pos d_model"]:
+        """What a linearised MLP or attention gives at its raw output on the prompt."""
+        if slot.place is Place.MLP:
+            mlp, x = self.path.mlps.get(slot.layer), self.forward.blocks[slot.layer].at["mlp.hook_in"]
+            return torch.zeros_like(x) if mlp is None else mlp.forward(x) + mlp.constant
+        assert self.path.attentions is not None, "frozen attention misses nothing"
+        attention = self.path.attentions[slot.layer]
+        return attention.forward(attention.x.detach()) + attention.constant
 
-    def _writes(self, layer: int) -> Writes:
+    def skip(self, slot: Slot) -> Tensor | float:
+        """What a skip connection writes at a slot on the prompt."""
+        dictionary = self.coverage.at.get(slot)
+        if dictionary is None or dictionary.W_skip is None:
+            return 0.0
+        return dictionary.skip(self.forward.blocks[slot.layer].at[dictionary.read])
+
+    @cached_property
+    def writes(self) -> dict[Slot, Writes]:
+        """What the active features write, by slot."""
+        return {slot: self._writes(slot) for slot in self.coverage.writes}
+
+    def _writes(self, slot: Slot) -> Writes:
         table, parts = self.features, []
-        for dictionary in self.dictionaries.writers(layer):
-            index = (table.layer == dictionary.layer).nonzero()[:, 0]
-            rows = dictionary.write_rows(table.feature[index], layer)
+        for filed, dictionary in self.coverage.writers(slot):
+            index = self.filed_at(filed).nonzero()[:, 0]
+            rows = dictionary.write_rows(table.feature[index], slot.layer)
             parts.append((index, table.position[index], rows * table.activation[index][:, None]))
-        if not parts:
-            return Writes(table.layer[:0], table.layer[:0], self.zeros(0))
         index, position, vectors = (torch.cat(column) for column in zip(*parts, strict=True))
         order = torch.argsort(position, stable=True)
         return Writes(index[order], position[order], vectors[order])
 
-    def zeros(self, rows: int) -> Float[Tensor, "rows d_model"]:
-        """Zeros of the stream's width, dtype and device."""
-        return self.forward.embedding.new_zeros(rows, self.forward.embedding.shape[1])
-
-    def output_bias(self, layer: int) -> Float[Tensor, "pos d_model"]:
-        """What is added to the stream at `layer` whatever the input: `b_dec` through the post-norm, and the norm's
-        bias."""
-        site = self.write_site(layer)
-        dictionary = self.dictionaries.by_layer.get(layer)
-        value = self.zeros(self.n_positions)
-        return self.path.write(layer, site, value if dictionary is None else value + dictionary.b_dec)
-
-    def feature_targets(self, index: Int[Tensor, " n"]) -> Targets:
-        """Pre-activations of the listed features, all of one layer, as targets."""
-        layer = int(self.features.layer[index[0]])
-        assert (self.features.layer[index] == layer).all()
-        dictionary, positions = self.dictionaries.by_layer[layer], self.features.position[index]
-        x = self.forward.blocks[layer].reads[dictionary.read][positions]
-        rows, biases = dictionary.encoder_rows(self.features.feature[index], x)
-        return Targets(layer, dictionary.read, positions, rows, biases)
+    def output_bias(self, slot: Slot) -> Float[Tensor, "pos d_model"]:
+        """`b_dec` of the dictionary that stands at a slot, at its write site; zero where none does."""
+        zero, dictionary = torch.zeros_like(self.forward.embedding), self.coverage.at.get(slot)
+        if dictionary is None:
+            return zero
+        if isinstance(dictionary, Crosscoder):
+            return zero + dictionary.b_dec[dictionary.part(slot.layer)]
+        return zero + dictionary.b_dec
 
     @cached_property
-    def constant_stream(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """By layer, what constants add to the stream: at attention's write, and at the MLP's."""
-        constants = (self.path.constants(layer) for layer in range(self.n_layers))
-        return tuple((attn, mlp + self.output_bias(layer)) for layer, (attn, mlp) in enumerate(constants))
+    def constants(self) -> dict[Slot, Float[Tensor, "pos d_model"]]:
+        """What does not depend on any source, in the stream, by slot: biases through skips, norms and attention."""
+        return {
+            slot: self._constant(slot)
+            for layer in range(self.n_layers)
+            for slot in (Slot(layer, place) for place in Place)
+            if slot.place not in RESIDUAL or slot in self.coverage.writes
+        }
+
+    def _constant(self, slot: Slot) -> Float[Tensor, "pos d_model"]:
+        path, (layer, place) = self.path, slot
+        zero = torch.zeros_like(self.forward.embedding)
+        if place in RESIDUAL:
+            return self.output_bias(slot)
+        if slot not in self.coverage.writes:
+            return path.attention(layer, zero) if place is Place.ATTENTION else self._linear_constant(layer)
+        return path.write(layer, self.write_site(slot), self.output_bias(slot) + self._skip_constant(slot))
+
+    def _linear_constant(self, layer: int) -> Float[Tensor, "pos d_model"]:
+        zero = torch.zeros_like(self.forward.embedding)
+        return self.path.write(layer, "mlp.hook_out", self.path.mlp(layer, zero))
+
+    def _skip_constant(self, slot: Slot) -> Tensor:
+        zero = torch.zeros_like(self.forward.embedding)
+        return self.path.skip(slot.layer, zero) if slot.place is Place.MLP else zero
+
+    # ---- what is read
+
+    def feature_targets(self, index: Int[Tensor, " n"]) -> list[Targets]:
+        """Pre-activations of the listed features, all of one slot, as targets; one object for each site they read.
+
+        A feature's value is the sum over sites. Of an acausal crosscoder's feature, which stands at every layer that it
+        writes, only reads up to its own layer are traced; those of later layers are part of the first's bias.
+        """
+        slot = Slot(int(self.features.layer[index[0]]), Place(int(self.features.place[index[0]])))
+        assert self.filed_at(slot)[index].all()
+        dictionary, positions = self.coverage.at[slot], self.features.position[index]
+        x = self.read(dictionary)[positions]
+        rows, biases = dictionary.encoder_rows(self.features.feature[index], x)
+        if not isinstance(dictionary, Crosscoder):
+            return [Targets(slot.layer, dictionary.read, positions, rows, biases, replaces_what_it_reads(dictionary))]
+        parts, reads = rows.unflatten(1, (len(dictionary.parts), -1)), x.unflatten(1, (len(dictionary.parts), -1))
+        later = torch.tensor([layer > slot.layer for layer in dictionary.part_layers], device=rows.device)
+        biases = biases + (parts * reads)[:, later].sum((1, 2))
+        return [
+            Targets(
+                layer,
+                dictionary.read,
+                positions,
+                parts[:, part],
+                biases if layer == slot.layer else torch.zeros_like(biases),
+                True,
+            )
+            for part, layer in enumerate(dictionary.part_layers)
+            if layer <= slot.layer
+        ]
+
+    def read_constant(self, layer: int, site: str, *, written: bool) -> Float[Tensor, "pos d_model"]:
+        """What stands at a read site beyond what the sweep from there finds: biases on the way to the site.
+
+        At the output of a linearised MLP or attention, also what the linearisation misses.
+        """
+        if not written:
+            bias = self.path.weights.blocks[layer].ln2.bias
+            return torch.zeros_like(self.forward.embedding) + (0.0 if bias is None or site != "mlp.hook_in" else bias)
+        at, place = self.forward.blocks[layer].at, WRITES[site]
+        if place in RESIDUAL:
+            return torch.zeros_like(self.forward.embedding)
+        stream = at["hook_resid_pre" if place is Place.ATTENTION or self.path.weights.parallel else "hook_resid_mid"]
+        return at[site] - self._linear_at(layer, site, stream, written=True)
+
+    def _linear_at(self, layer: int, site: str, stream: Tensor, *, written: bool) -> Float[Tensor, "pos d_model"]:
+        """The linear part of what a residual stream (where attention or MLP reads it) puts at a read site."""
+        if not written:
+            return self.path.read(layer, site, stream, bias=False)
+        if WRITES[site] in RESIDUAL:
+            return stream
+        part = self.path.raw_attention if WRITES[site] is Place.ATTENTION else self.path.mlp
+        out = part(layer, stream, bias=False)
+        behind = _RAW[WRITES[site]]
+        return out if site == behind else self.path.write(layer, behind, out, bias=False)
+
+    # ---- forwards
+
+    def carry(
+        self, added: Mapping[Slot, Float[Tensor, "pos d_model"]], embedding: Tensor | None = None
+    ) -> Iterator[Float[Tensor, "pos d_model"]]:
+        """What writes at sites, or a change of the embeddings, do to the linear stream; no feature takes note.
+
+        Yields the change where attention reads, layer by layer, and at last that at the last norm's input.
+        """
+        path = self.path
+        stream = torch.zeros_like(self.forward.embedding) if embedding is None else embedding
+
+        def passed(slot: Slot, value: Tensor, x: Tensor) -> Tensor:
+            if slot in self.coverage.writes:
+                value = torch.zeros_like(x)
+                if slot.place is Place.MLP and slot.layer in path.skips:
+                    skip = path.skip(slot.layer, x, bias=False)
+                    value = path.write(slot.layer, self.write_site(slot), skip, bias=False)
+            if slot in added:
+                value = value + path.write(slot.layer, self.write_site(slot), added[slot], bias=False)
+            return value
+
+        for layer in range(self.n_layers):
+            stream = passed(Slot(layer, Place.PRE), stream, stream)
+            yield stream
+            attention = passed(Slot(layer, Place.ATTENTION), path.attention(layer, stream, bias=False), stream)
+            middle = path.middle(layer, stream, attention)
+            if not path.weights.parallel:
+                middle = passed(Slot(layer, Place.MID), middle, middle)
+            raw = path.mlp(layer, middle, bias=False)
+            mlp = passed(Slot(layer, Place.MLP), path.write(layer, "mlp.hook_out", raw, bias=False), middle)
+            stream = (stream + attention if path.weights.parallel else middle) + mlp
+            stream = passed(Slot(layer, Place.POST), stream, stream)
+        yield stream
 
     def logits(self) -> Float[Tensor, "pos vocab"]:
         """The logits of the local model, every feature recomputed from its encoder row on the linear stream.
@@ -166,25 +341,57 @@ class LocalModel:
             stream = stream + self.forward.position_embedding
         activation = torch.zeros_like(self.features.activation)
         for layer in range(self.n_layers):
+            stream = self._pass(Slot(layer, Place.PRE), stream, stream, activation)
             attention = path.attention(layer, stream)
+            attention = self._pass(Slot(layer, Place.ATTENTION), attention, stream, activation)
             middle = path.middle(layer, stream, attention)
-            value = self.errors[layer].clone()
-            value[0] += self.bos[layer]
-            dictionary = self.dictionaries.by_layer.get(layer)
-            if dictionary is not None:
-                x = path.read(layer, dictionary.read, middle)
-                index = (self.features.layer == layer).nonzero()[:, 0]
-                if len(index):
-                    _, _, positions, rows, biases = self.feature_targets(index)
-                    activation[index] = (rows * x[positions]).sum(-1) + biases
-                value += dictionary.b_dec + dictionary.skip(x)
-            for writer in self.dictionaries.writers(layer):
-                index = (self.features.layer == writer.layer).nonzero()[:, 0]
-                rows = writer.write_rows(self.features.feature[index], layer)
-                value.index_add_(0, self.features.position[index], rows * activation[index][:, None])
-            stream = stream + attention + path.write(layer, self.write_site(layer), value)
+            if not weights.parallel:
+                middle = self._pass(Slot(layer, Place.MID), middle, middle, activation)
+            mlp = self._pass(
+                Slot(layer, Place.MLP), path.write(layer, "mlp.hook_out", path.mlp(layer, middle)), middle, activation
+            )
+            stream = (stream + attention if weights.parallel else middle) + mlp
+            stream = self._pass(Slot(layer, Place.POST), stream, stream, activation)
         final = apply_norm(weights.ln_final, self.forward.ln_final_scale, stream)
         return soft_cap(final @ weights.W_U + weights.b_U, weights.logit_soft_cap)
+
+    def _pass(self, slot: Slot, value: Tensor, x: Tensor, activation: Tensor) -> Float[Tensor, "pos d_model"]:
+        """What a slot gives to the stream: `value` itself, what its dictionaries write instead, errors."""
+        if slot not in self.slots:
+            return value
+        missed = self.errors[self.slots.index(slot)].clone()
+        missed[0] += self.bos[self.slots.index(slot)]
+        site, path = self.write_site(slot), self.path
+        if slot not in self.coverage.writes:
+            return value + path.write(slot.layer, site, missed, bias=False)
+        self._recompute(slot, x, activation)
+        missed = missed + self.output_bias(slot)
+        if slot.place is Place.MLP:
+            missed = missed + path.skip(slot.layer, x)
+        for filed, writer in self.coverage.writers(slot):
+            index = self.filed_at(filed).nonzero()[:, 0]
+            rows = writer.write_rows(self.features.feature[index], slot.layer)
+            missed.index_add_(0, self.features.position[index], rows * activation[index][:, None])
+        return path.write(slot.layer, site, missed)
+
+    def _recompute(self, slot: Slot, stream: Tensor, activation: Tensor) -> None:
+        """Activations of a slot's features from the linear stream, written into `activation`."""
+        index = self.filed_at(slot).nonzero()[:, 0]
+        if not len(index):
+            return
+        total = torch.zeros_like(activation[index])
+        for targets in self.feature_targets(index):
+            layer, site, written = targets.layer, targets.site, targets.written
+            if layer == slot.layer:
+                x = self._linear_at(layer, site, stream, written=written)
+                x = x + self.read_constant(layer, site, written=written)
+            else:  # an earlier part of a crosscoder
+                x = self.forward.blocks[layer].at[site]
+            total = total + (targets.rows * x[targets.positions]).sum(-1) + targets.biases
+        activation[index] = total
+
+
+_RAW = {Place.ATTENTION: "attn.hook_out", Place.MLP: "mlp.hook_out"} | dict.fromkeys(RESIDUAL, "")
 
 
 def soft_cap(logits: Float[Tensor, "*axes vocab"], cap: float | None) -> Float[Tensor, "*axes vocab"]:

@@ -6,6 +6,7 @@ This is what users import. It owns a TransformerBridge and a DictionarySet; it k
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from torch import Tensor
 from replacement import formats, sites
 from replacement.autograd import AutogradEngine
 from replacement.contributions import Engine, LinearEngine
+from replacement.coverage import Coverage, place
+from replacement.crosscoder import Crosscoder
 from replacement.dictionary import Dictionary, DictionarySet
 from replacement.errors import InputError
+from replacement.linearised import Linearisation
 from replacement.loading import load_bridge
 from replacement.local import LocalModel
 from replacement.neurons import neurons
@@ -28,11 +32,15 @@ ENGINES = ("linear", "autograd")
 
 
 class ReplacementModel:
-    """A language model whose MLPs are replaced by dictionaries, exactly, with error nodes for what they miss."""
+    """A language model parts of which are replaced by dictionaries, exactly, with error nodes for what they miss.
 
-    def __init__(self, bridge: Any, dictionaries: DictionarySet, *, name: str) -> None:
+    Any layers, any of their sites: what no dictionary covers is linearised on the prompt (`Linearisation`).
+    """
+
+    def __init__(self, bridge: Any, dictionaries: DictionarySet | Sequence[DictionarySet], *, name: str) -> None:
         """Take a TransformerBridge and its dictionaries; raises InputError where they do not fit each other."""
-        self.bridge, self.dictionaries, self.name = bridge, dictionaries, name
+        self.bridge, self.name = bridge, name
+        self.coverage = Coverage([dictionaries] if isinstance(dictionaries, DictionarySet) else dictionaries)
         parameter = next(bridge.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         # products are computed in at least float32: the rows of a graph have to add up
@@ -40,22 +48,23 @@ class ReplacementModel:
         if self.dtype == torch.float64:
             sites.use_exact_norms(bridge)
         self.weights = sites.read_weights(bridge, self.compute_dtype)
-        for dictionary in dictionaries:
+        for dictionary in self.coverage:
             self._check(dictionary)
             dictionary.requires_grad_(False).to(device=self.device, dtype=self.compute_dtype)
-        covered, layers = sorted(dictionaries.by_layer), list(range(len(self.weights.blocks)))
-        if covered != layers:
-            raise InputError(
-                f"dictionaries {dictionaries.name}: cover layers {covered}, {name} has layers 0 to {layers[-1]}; "
-                "pass a set with one dictionary for each of them"
-            )
+
+    @property
+    def dictionaries(self) -> DictionarySet:
+        """The set of dictionaries, where there is one; raises InputError where there are several."""
+        if len(self.coverage.sets) != 1:
+            raise InputError(f"{self.name}: has the sets {self.coverage.name}; ask `coverage` for them")
+        return self.coverage.sets[0]
 
     @classmethod
     def load(
         cls,
         model: str | Path = "atlas",
         *,
-        dictionaries: str | Path | None = None,
+        dictionaries: str | Path | Sequence[str | Path] | None = None,
         dtype: str = "float32",
         device: str = "cpu",
     ) -> ReplacementModel:
@@ -63,8 +72,8 @@ class ReplacementModel:
 
         model: a shipped model's name, a Hugging Face directory, or a hub id (weights in safetensors).
         dictionaries: a folder, a hub id, the name of a set shipped with the model, or "neurons" (the model's own MLP
-            neurons, no training needed); None takes the shipped set `transcoders`, or the
-            first where none is called so.
+            neurons, no training needed), or several of those; None takes the shipped set `transcoders`, or the
+            first where none is called so. Beside other sets, "neurons" takes the MLPs that those leave.
         dtype: "float32", "float64", "bfloat16" or "float16".
         device: a torch device, "cpu" or "cuda".
         Raises InputError, one line, where anything is missing, damaged or does not fit.
@@ -72,10 +81,15 @@ class ReplacementModel:
         if dtype not in DTYPES:
             raise InputError(f"load(dtype={dtype!r}): needs one of {', '.join(DTYPES)}")
         bridge, folder = load_bridge(model, DTYPES[dtype], device)
-        if dictionaries is not None and str(dictionaries) == "neurons":
+        several = isinstance(dictionaries, Sequence) and not isinstance(dictionaries, str)
+        wanted: list[Any] = list(dictionaries) if several else [dictionaries]  # type: ignore[arg-type]
+        sets = [formats.load(formats.find(one, folder, str(model))) for one in wanted if str(one) != "neurons"]
+        if any(str(one) == "neurons" for one in wanted):
             compute = torch.float64 if dtype == "float64" else torch.float32
-            return cls(bridge, neurons(bridge, compute), name=str(model))
-        return cls(bridge, formats.load(formats.find(dictionaries, folder, str(model))), name=str(model))
+            taken = {slot.layer for slot in Coverage(sets).writes if slot.place is sites.Place.MLP}
+            free = [layer for layer in range(len(bridge.blocks)) if layer not in taken]
+            sets += [neurons(bridge, compute, layers=free)] if free else []
+        return cls(bridge, sets, name=str(model))
 
     # ---- tokens
 
@@ -159,32 +173,48 @@ class ReplacementModel:
         with torch.no_grad():
             return self.bridge(self.tokenize(prompt)[None])[0]
 
-    def local(self, prompt: str | Int[Tensor, " pos"], *, trace_bos: bool = False) -> LocalModel:
+    def local(
+        self,
+        prompt: str | Int[Tensor, " pos"],
+        *,
+        trace_bos: bool = False,
+        linearisation: Linearisation | None = None,
+    ) -> LocalModel:
         """The prompt's local replacement model, from one forward pass.
 
         trace_bos: whether position 0 carries features and errors like any other; by the field's convention it does not.
+        linearisation: what stands for MLPs without a dictionary, and for attention; None for the default.
         """
+        rule = Linearisation() if linearisation is None else linearisation
+        if rule.attention == "gradient":
+            self._require_own_precision("attention 'gradient'")
         with torch.no_grad():
             forward = sites.forward(self.bridge, self.tokenize(prompt), self.compute_dtype)
             if not torch.isfinite(forward.logits).all():
                 raise InputError(
                     f"{self.name}: the logits of this prompt are not finite; check the weights, or use float32"
                 )
-            return LocalModel(self.weights, forward, self.dictionaries, trace_bos=trace_bos)
+            return LocalModel(
+                self.weights, forward, self.coverage, trace_bos=trace_bos, linearisation=rule, bridge=self.bridge
+            )
 
     def engine(self, local: LocalModel, name: str) -> Engine:
         """The engine that computes rows: "linear" (fast) or "autograd" (reference)."""
         if name not in ENGINES:
             raise InputError(f"engine {name!r}: needs one of {', '.join(ENGINES)}")
-        if name == "autograd" and self.dtype != self.compute_dtype:
-            raise InputError(
-                f"engine 'autograd': the reference needs a model in float32 or float64, {self.name} is in "
-                f"{str(self.dtype).removeprefix('torch.')}; load it with dtype='float32'"
-            )
         if name == "linear":
             return LinearEngine(local)
+        self._require_own_precision("engine 'autograd'")
         self.require_frozen_patterns("engine 'autograd'")
         return AutogradEngine(local, self.bridge)
+
+    def _require_own_precision(self, what: str) -> None:
+        """Raise InputError, `what` first, where the model computes in less than the rows of a graph do."""
+        if self.dtype != self.compute_dtype:
+            raise InputError(
+                f"{what}: needs a model in float32 or float64, {self.name} is in "
+                f"{str(self.dtype).removeprefix('torch.')}; load it with dtype='float32'"
+            )
 
     def require_frozen_patterns(self, what: str) -> None:
         """Raise InputError, `what` first, where the bridge takes no edits of this model's attention patterns."""
@@ -199,22 +229,16 @@ class ReplacementModel:
         return sites.patterns_take_edits(self.bridge)
 
     def _check(self, dictionary: Dictionary) -> None:
-        """Raise InputError unless the dictionary's layer, sites and widths fit the model."""
-        where = f"dictionaries {self.dictionaries.name}, layer {dictionary.layer}"
+        """Raise InputError unless the dictionary's layers, sites and widths fit the model."""
+        where = f"dictionaries {self.coverage.name}, layer {dictionary.layer}"
         n_layers, d_model = len(self.weights.blocks), self.weights.W_U.shape[0]
         last = max((dictionary.layer, *dictionary.write_layers))
         if last >= n_layers:
             raise InputError(f"{where}: reaches layer {last}, {self.name} has layers 0 to {n_layers - 1}")
-        for name, width in (("reads", dictionary.d_in), ("writes", dictionary.d_out)):
+        parts = len(dictionary.parts) if isinstance(dictionary, Crosscoder) else 1
+        for verb, width in (("reads", dictionary.d_in // parts), ("writes", dictionary.d_out)):
             if width != d_model:
-                raise InputError(f"{where}: {name} vectors of width {width}, {self.name} has d_model {d_model}")
-        for name, site, known in (
-            ("read", dictionary.read, sites.READ_SITES),
-            ("write", dictionary.write, sites.WRITE_SITES),
-        ):
-            if site not in known:
-                raise InputError(f"{where}: {name} site {site!r} is not known; known: {', '.join(known)}")
-        if dictionary.read == "hook_resid_mid" and self.weights.parallel:
-            raise InputError(
-                f"{where}: reads hook_resid_mid, which {self.name} does not have (attention and MLP are parallel)"
-            )
+                raise InputError(f"{where}: {verb} vectors of width {width}, {self.name} has d_model {d_model}")
+        mid = "hook_resid_mid"
+        if self.weights.parallel and (dictionary.read == mid or place(dictionary) is sites.Place.MID):
+            raise InputError(f"{where}: reads {mid}, which {self.name} does not have (attention and MLP are parallel)")

@@ -1,13 +1,13 @@
 """A model's own MLP neurons as a dictionary: the baseline that needs no training.
 
-One feature per hidden unit. A neuron is no affine function of its input, so its encoder row is the ratio rule's at that
-input (RelP; Jafari et al. 2025): the gate `act(g)` of a gated MLP, or the ratio `act(pre) / pre` of a plain one, is
-held at its value. Rows then still add up to the activation exactly.
+One feature per hidden unit. A neuron is no affine function of its input, so its encoder row is that of layer-wise
+relevance at that input (RelP; Jafari et al. 2025): the ratio `act(z) / z` is held at its value, and of a gated product
+each factor gets half. Rows then still add up to the activation exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -62,11 +62,39 @@ class Neurons(Dictionary):
         rows, biases = self.W_enc[features], self.b_enc[features]
         pre = (rows * x).sum(-1) + biases
         if self.W_gate is None:
-            factor = torch.where(pre == 0, torch.zeros_like(pre), self.nonlinearity(pre) / pre)
-        else:
-            gate = (self.W_gate[features] * x).sum(-1)
-            factor = self.nonlinearity(gate if self.b_gate is None else gate + self.b_gate[features])
-        return rows * factor[:, None], biases * factor
+            ratio = self._ratio(pre)
+            return rows * ratio[:, None], biases * ratio
+        gate_rows, b_gate = self.W_gate[features], 0.0 if self.b_gate is None else self.b_gate[features]
+        gate = (gate_rows * x).sum(-1) + b_gate
+        c_in, c_gate = self.nonlinearity(gate) / 2, pre * self._ratio(gate) / 2
+        return rows * c_in[:, None] + gate_rows * c_gate[:, None], biases * c_in + b_gate * c_gate
+
+    def ratios(self, x: Float[Tensor, "pos d_in"]) -> tuple[Float[Tensor, "pos n"], Float[Tensor, "pos n"] | None]:
+        """By what RelP multiplies each neuron's input, and its gate's, at every position."""
+        pre = F.linear(x, self.W_enc, self.b_enc)
+        if self.W_gate is None:
+            return self._ratio(pre), None
+        gate = F.linear(x, self.W_gate, self.b_gate)
+        return self.nonlinearity(gate) / 2, pre * self._ratio(gate) / 2
+
+    def derivatives(self, x: Float[Tensor, "pos d_in"]) -> tuple[Float[Tensor, "pos n"], Float[Tensor, "pos n"] | None]:
+        """Each neuron's derivative by its input, and by its gate's, at every position."""
+        pre = F.linear(x, self.W_enc, self.b_enc)
+        if self.W_gate is None:
+            return self._slope(pre), None
+        gate = F.linear(x, self.W_gate, self.b_gate)
+        return self.nonlinearity(gate), pre * self._slope(gate)
+
+    def _ratio(self, pre: Tensor) -> Tensor:
+        """`act(z) / z`, its limit `act'(0)` at zero."""
+        safe = torch.where(pre == 0, torch.ones_like(pre), pre)
+        return torch.where(pre == 0, self._slope(torch.zeros_like(pre)), self.nonlinearity(safe) / safe)
+
+    def _slope(self, pre: Tensor) -> Tensor:
+        with torch.enable_grad():
+            at = pre.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.nonlinearity(at).sum(), at)
+        return slope
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
         assert layer == self.layer
@@ -77,8 +105,8 @@ class Neurons(Dictionary):
         return activations @ self.W_dec
 
 
-def neurons(bridge: Any, dtype: torch.dtype) -> DictionarySet:
-    """Every MLP neuron of a TransformerBridge as a feature."""
+def neurons(bridge: Any, dtype: torch.dtype, *, layers: Collection[int] | None = None) -> DictionarySet:
+    """Every MLP neuron of a TransformerBridge as a feature, of some layers or (None) all."""
     from transformer_lens.model_bridge.generalized_components.gated_mlp import resolve_activation_fn
 
     def rows(weight: Tensor) -> Tensor:
@@ -86,6 +114,8 @@ def neurons(bridge: Any, dtype: torch.dtype) -> DictionarySet:
 
     by_layer: dict[int, Dictionary] = {}
     for layer, block in enumerate(bridge.blocks):
+        if layers is not None and layer not in layers:
+            continue
         mlp = block.mlp
         try:
             W_in, W_out = mlp.W_in, mlp.W_out  # [d_model, d_mlp], [d_mlp, d_model]

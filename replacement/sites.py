@@ -4,22 +4,24 @@ Everything a trace needs of the language model is gathered here from transformer
 of the linear path (norms, value and output maps) and, for one prompt, what one forward pass leaves behind (attention
 patterns, norm scales, residual streams). Knows nothing of dictionaries, features or targets.
 
-Sites are named as the bridge names them, without `blocks.{layer}.`:
+Sites are named as the bridge names them, without `blocks.{layer}.`, and lie at one of five places of a block:
 
-| read site | is |
-| --- | --- |
-| `mlp.hook_in` | the MLP's input: the second norm's output, weight and bias applied |
-| `ln2.hook_normalized` | the same before the norm's weight and bias |
-| `hook_resid_mid` | the residual stream after attention |
-
-| write site | is |
-| --- | --- |
-| `mlp.hook_out` | the MLP's output, before a post-norm where the family has one |
-| `hook_mlp_out` | what the block adds to the residual stream, after a post-norm |
+| place | site | is |
+| --- | --- | --- |
+| PRE | `hook_resid_pre` | the residual stream as it enters the block |
+| ATTENTION | `attn.hook_out` | attention's output, before a post-norm where the family has one |
+| | `hook_attn_out` | what attention adds to the stream, after a post-norm |
+| MID | `hook_resid_mid` | the residual stream after attention |
+| MLP | `mlp.hook_in` | the MLP's input: the second norm's output, weight and bias applied |
+| | `ln2.hook_normalized` | the same before the norm's weight and bias |
+| | `mlp.hook_out` | the MLP's output, before a post-norm |
+| | `hook_mlp_out` | what the MLP adds to the stream, after a post-norm |
+| POST | `hook_resid_post` | the residual stream as it leaves the block |
 """
 
 from __future__ import annotations
 
+import enum
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,8 +32,38 @@ from torch import Tensor
 
 from replacement.errors import InputError
 
-READ_SITES = ("mlp.hook_in", "ln2.hook_normalized", "hook_resid_mid")
-WRITE_SITES = ("mlp.hook_out", "hook_mlp_out")
+MLP_READS = ("mlp.hook_in", "ln2.hook_normalized", "hook_resid_mid")
+"""Where a dictionary that replaces an MLP may read."""
+
+
+class Place(enum.IntEnum):
+    """Where in a block something is read and written; the order is that of computation."""
+
+    PRE = 0
+    ATTENTION = 1
+    MID = 2
+    MLP = 3
+    POST = 4
+
+
+class Slot(NamedTuple):
+    """One place of one block; slots sort in the order of computation."""
+
+    layer: int
+    place: Place
+
+
+WRITES = {
+    "hook_resid_pre": Place.PRE,
+    "attn.hook_out": Place.ATTENTION,
+    "hook_attn_out": Place.ATTENTION,
+    "hook_resid_mid": Place.MID,
+    "mlp.hook_out": Place.MLP,
+    "hook_mlp_out": Place.MLP,
+    "hook_resid_post": Place.POST,
+}
+"""Where a dictionary may write; a dictionary that reads where it writes replaces what stands there."""
+SITES = tuple(dict.fromkeys((*MLP_READS, *WRITES)))
 
 Hook = tuple[str, Callable[..., Tensor | None]]
 
@@ -76,8 +108,7 @@ class BlockPass(NamedTuple):
     ln2_scale: Float[Tensor, "pos 1"]
     ln1_post_scale: Float[Tensor, "pos 1"] | None
     ln2_post_scale: Float[Tensor, "pos 1"] | None
-    reads: dict[str, Float[Tensor, "pos d_model"]]  # read site -> activations
-    writes: dict[str, Float[Tensor, "pos d_model"]]  # write site -> activations
+    at: dict[str, Float[Tensor, "pos d_model"]]  # site -> activations
 
 
 class ForwardPass(NamedTuple):
@@ -156,7 +187,7 @@ def use_exact_norms(bridge: Any) -> None:
 def forward(bridge: Any, tokens: Int[Tensor, " pos"], dtype: torch.dtype) -> ForwardPass:
     """One forward pass at batch 1, with everything a trace needs kept, as tensors of `dtype`."""
     wanted = {_EMBEDDED, "hook_pos_embed", "ln_final.hook_scale", "ln_final.hook_out"}
-    suffixes = (*_BLOCK_HOOKS.values(), *READ_SITES, *WRITE_SITES)
+    suffixes = (*_BLOCK_HOOKS.values(), *SITES)
     wanted |= {hook_name(layer, suffix) for layer in range(len(bridge.blocks)) for suffix in suffixes}
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(
@@ -169,11 +200,7 @@ def forward(bridge: Any, tokens: Int[Tensor, " pos"], dtype: torch.dtype) -> For
     def block(layer: int) -> BlockPass:
         values = {suffix: kept[hook_name(layer, suffix)] for suffix in suffixes if hook_name(layer, suffix) in kept}
         fields: dict[str, Any] = {field: values.get(suffix) for field, suffix in _BLOCK_HOOKS.items()}
-        return BlockPass(
-            **fields,
-            reads={site: values[site] for site in READ_SITES if site in values},
-            writes={site: values[site] for site in WRITE_SITES if site in values},
-        )
+        return BlockPass(**fields, at={site: values[site] for site in SITES if site in values})
 
     position_embedding = kept.get("hook_pos_embed")
     embedded = kept[_EMBEDDED]  # not hook_embed: Gemma scales its embeddings on the way in
@@ -199,8 +226,8 @@ _BLOCK_HOOKS = {
 """Field of BlockPass -> hook."""
 
 
-def freeze_hooks(forward_pass: ForwardPass, *, norms: bool) -> list[Hook]:
-    """Hooks that hold attention patterns (and norm scales, if asked) at their values on the prompt.
+def freeze_hooks(forward_pass: ForwardPass, *, norms: bool, patterns: bool = True) -> list[Hook]:
+    """Hooks that hold attention patterns and norm scales, as asked, at their values on the prompt.
 
     Values are constants to autograd, so a backward pass through the hooked model sees a model that is linear in all but
     its MLPs.
@@ -211,7 +238,8 @@ def freeze_hooks(forward_pass: ForwardPass, *, norms: bool) -> list[Hook]:
 
     hooks: list[Hook] = []
     for layer, block in enumerate(forward_pass.blocks):
-        hooks.append((hook_name(layer, "attn.hook_pattern"), constant(block.pattern)))
+        if patterns:
+            hooks.append((hook_name(layer, "attn.hook_pattern"), constant(block.pattern)))
         if norms:
             scales = {name: getattr(block, field) for field, name in _BLOCK_HOOKS.items() if field.endswith("scale")}
             hooks += [(hook_name(layer, name), constant(value)) for name, value in scales.items() if value is not None]

@@ -83,8 +83,8 @@ def test_json_is_one_object_and_nothing_else(place: Path, capsys: pytest.Capture
     answer = json.loads(said.out)
     assert said.err == ""
     assert sorted(answer) == [
-        "active_features", "dictionaries", "files", "model", "predictions", "prompt", "pruned", "residual", "routes",
-        "seconds", "settings", "sources", "targets", "themes", "thresholds", "tokens", "whole",
+        "active_features", "dictionaries", "files", "linearised", "model", "predictions", "prompt", "pruned",
+        "residual", "routes", "seconds", "settings", "sources", "targets", "themes", "thresholds", "tokens", "whole",
     ]  # fmt: skip
     assert Path(answer["files"]["native"]).is_file()
     probabilities = [one["probability"] for one in answer["predictions"]]
@@ -225,12 +225,6 @@ def _first_dictionary(place: Path) -> str:
     return str(min((place / "dicts").glob("*.safetensors")).relative_to(place))
 
 
-def _too_few_layers(place: Path) -> None:
-    config = json.loads((place / "dicts/config.json").read_text())
-    config["dictionaries"].pop()
-    (place / "dicts/config.json").write_text(json.dumps(config))
-
-
 def _no_graphviz(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
 
@@ -256,7 +250,6 @@ MISTAKES = {
     "dictionaries of another width": (
         lambda place: _damaged(place, _first_dictionary(place), _narrow), TRACE, "layer 0: reads vectors of width 20"
     ),
-    "dictionaries for fewer layers": (_too_few_layers, TRACE, "cover layers [0, 1], model has layers 0 to 2"),
     "NaN in a dictionary": (
         lambda place: _damaged(place, _first_dictionary(place), _nan), TRACE, "not finite (NaN or inf)"
     ),

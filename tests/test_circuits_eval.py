@@ -99,12 +99,12 @@ def test_several_sets_stand_side_by_side(place: Path, capsys: pytest.CaptureFixt
     assert "<svg" in (place / "plots/densities.svg").read_text()
 
 
-def test_a_residual_sae_is_measured_without_graphs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What can't be traced is said, and all else is measured."""
+def test_a_residual_sae_is_measured_and_traced(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that misses nothing leaves no errors in a graph."""
     save(DictionarySet({1: perfect_sae(1, "hook_resid_post", 24).float()}, "sae"), place / "sae")
     assert cli.main([*EVAL, "--dictionaries", "sae", "--json"]) == 0
     (one,) = json.loads(capsys.readouterr().out)["sets"]
-    assert one["graphs"] is None and any(note.startswith("graphs: ") for note in one["notes"])
+    assert one["graphs"]["replacement"] == pytest.approx(1.0)
     assert one["evaluation"]["replacement"]["ce_recovered"] == pytest.approx(1, abs=1e-4)
     assert [row["site"] for row in one["baselines"]] == ["blocks.1.hook_resid_post"]
 

@@ -12,6 +12,7 @@ from circuits import attribute
 from replacement import ReplacementModel
 from replacement.activation import JumpReLU, TopK
 from replacement.contributions import LinearEngine
+from replacement.sites import Place, Slot
 from tests.tiny import FAMILIES, PROMPT, random_set
 
 KINDS = ("transcoder", "skip_transcoder", "cross_layer_transcoder", "neurons")
@@ -105,7 +106,7 @@ def test_an_edge_is_the_effect_of_removing_its_source(tiny_model):
 def _reads_of_a_write(model, local, source):
     """What one feature's write changes at the read site of every later layer."""
     at, position = int(local.features.layer[source]), int(local.features.position[source])
-    writes, path = local.writes[at], local.path
+    writes, path = local.writes[Slot(at, Place.MLP)], local.path
     change = torch.zeros_like(local.forward.embedding)
     for layer in range(at, model.n_layers):
         attention = path.attention(layer, change, bias=False)

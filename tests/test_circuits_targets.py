@@ -167,7 +167,7 @@ def test_an_architecture_whose_rows_do_not_add_up_is_refused(tmp_path, monkeypat
         (" ", "target ' ': is empty"),
         (60, "target 60: token ids of llama are 0 to 59"),
         ("w7 - w99", "'w99' is not in the vocabulary"),
-        ("L9#1@2", "target L9#1@2: no such feature in random skip_transcoder; layers 0 to 2"),
+        ("L9#1@2", "target L9#1@2: no such feature in random skip_transcoder; layers are 0 to 2"),
         ("L1#99@2", "target L1#99@2: no such feature"),
         ("L1#1@99", "position 99: the prompt has positions 0 to 7"),
         ("L1#1@0", r"target L1#1@0: is not active there; it is (at positions|nowhere)"),

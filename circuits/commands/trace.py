@@ -31,7 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         model,
         LOAD,
         "--dictionaries",
-        "a set that comes with the model, a folder, a hub id, or 'neurons' (default: the model's first set)",
+        "a set that comes with the model, a folder, a hub id, or 'neurons'; repeat it for several that share the model "
+        "(default: the model's first set)",
+        action="append",
         metavar="SET",
     )
     add(model, LOAD, "--dtype", "float32, float64, bfloat16 or float16")
@@ -59,6 +61,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(what, ATTRIBUTE, "--max-features", "trace the N most influential features only", type=int, metavar="N")
     add(what, ATTRIBUTE, "--trace-bos", "trace the first position like any other", action="store_true")
     add(what, ATTRIBUTE, "--engine", "linear (fast) or autograd (the reference)")
+    rest = parser.add_argument_group("what no dictionary replaces")
+    add(rest, ATTRIBUTE, "--mlp", "linearise MLPs by relp, jacobian, ig or stop", metavar="RULE")
+    add(rest, ATTRIBUTE, "--attention", "frozen (values move by the pattern) or gradient (queries and keys too)")
+    add(rest, ATTRIBUTE, "--ig-steps", "points of integrated gradients", type=int, metavar="N")
     add_thresholds(parser)
     out = parser.add_argument_group("output")
     out.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder (default: circuits-out/PROMPT)")
@@ -117,7 +123,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _attribute(model: ReplacementModel, arguments: argparse.Namespace, advance: object) -> AttributionGraph:
     from circuits import attribute
 
-    names = ("position", "max_logits", "logit_probability", "max_features", "trace_bos", "engine")
+    names = ["position", "max_logits", "logit_probability", "max_features", "trace_bos", "engine"]
+    names += ["mlp", "attention", "ig_steps"]
     settings = {name: getattr(arguments, name) for name in names}
     return attribute(model, arguments.prompt, targets=arguments.target, progress=advance, **settings)
 

@@ -59,17 +59,21 @@ class Coder(nn.Module):
         self.plan = plan
         self.prefixes, self.same = config.prefixes, plan.reads == plan.writes
         self.dead, self.dead_k, self.dead_after = config.dead, config.dead_k, config.dead_after
+        # clusters are of what a layer's own MLP does; what they are worth to later layers is for training to find
+        own = y[:, :1] if plan.across and config.start == "clusters" else y
         rows = start(
             config.start,
             x,
-            y.flatten(1),
+            own.flatten(1),
             prefixes=(*config.prefixes, config.n_features),
             same=self.same,
             generator=generator,
         )
         self.sparsity = sparsity(config, config.k_of(index, count))
         self.W_enc = nn.Parameter(rows.W_enc)
-        self.W_dec = nn.Parameter(rows.W_dec.unflatten(1, y.shape[1:]) / shared)
+        W_dec = torch.zeros(config.n_features, *y.shape[1:])
+        W_dec[:, : own.shape[1]] = rows.W_dec.unflatten(1, own.shape[1:]) / (shared if own is y else 1)
+        self.W_dec = nn.Parameter(W_dec)
         self.b_enc = nn.Parameter(rows.b_enc)
         self.W_skip = nn.Parameter(torch.zeros(y.shape[2], x.shape[1])) if plan.skip else None
         self.register_buffer("since_fired", torch.zeros(config.n_features))

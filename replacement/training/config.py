@@ -73,6 +73,10 @@ class TrainingConfig(Settings):
     """
     start: str = "random"
     """Where features start: random directions, sampled tokens, or clusters of tokens."""
+    skip_starts: float = 0.0
+    """Of skip_transcoder: share of the run after which the skip connection starts to learn; 1 leaves it to the
+    end-to-end stage. A skip that learns from the start takes what features would have stood for.
+    """
     tokens: int = 4_000_000
     """Tokens to train on."""
     batch_tokens: int = 4096
@@ -130,7 +134,11 @@ class TrainingConfig(Settings):
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"TrainingConfig(betas={self.betas}): needs two numbers in [0, 1)")
-        for name in ("decay_fraction", "threshold_memory"):
+        if self.skip_starts and self.kind != "skip_transcoder":
+            raise InputError(
+                f"TrainingConfig(skip_starts={self.skip_starts}): belongs to kind='skip_transcoder'; leave it out"
+            )
+        for name in ("decay_fraction", "threshold_memory", "skip_starts"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must be in [0, 1]")
         if not 0 <= self.seed < 1 << 31:

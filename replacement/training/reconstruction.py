@@ -93,6 +93,9 @@ def _update(
 ) -> tuple[Losses, Tensor]:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     batch = stream.next()
+    for coder in trainee:
+        if coder.W_skip is not None:
+            coder.W_skip.requires_grad_(step >= config.skip_starts * config.steps)
     losses = trainee(batch, generator=generator, memory=config.threshold_memory)
     total = losses.reconstruction + losses.penalty + config.dead_weight * losses.dead
     if not torch.isfinite(total):

@@ -127,7 +127,9 @@ def label_features(dictionary: Dictionary, found: Profile, output: Float[Tensor,
 @torch.no_grad()
 def promoted_tokens(dictionary: Dictionary, output: Float[Tensor, "d_out vocab"]) -> list[str]:
     """The token that each feature raises most by its direct path to the logits, "" where none stands out."""
-    effect = dictionary.write_rows(torch.arange(dictionary.n_features), dictionary.layer) @ output
+    every = torch.arange(dictionary.n_features)
+    written = torch.stack([dictionary.write_rows(every, layer) for layer in dictionary.write_layers]).sum(0)
+    effect = written @ output
     highest = ((effect - effect.mean(1, keepdim=True)) / effect.std(1, keepdim=True).clamp_min(1e-9)).max(1)
     shown = vocabulary()
     return [

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from replacement.dictionary import Dictionary, DictionarySet
-from replacement.evaluation import LayerFigures, ReconstructionMeter, ReplacementFigures, evaluate_replacement
+from replacement.evaluation import ErrorMeter, FiringMeter, LayerFigures, ReplacementFigures, evaluate_replacement
 from replacement.pretrained.recipe import facts, tasks
 from replacement.pretrained.recipe.concepts import place_of_token, places, word_groups
 from replacement.pretrained.recipe.corpus import Batch, Corpus
@@ -74,16 +74,15 @@ def measure(
     documents: held-out documents of 63 tokens (BOS left out) for FVU, L0, dead fraction and state features. compared:
     how many of them also for the replaced model's agreement and cross-entropies.
     """
-    meters = [ReconstructionMeter(dictionary) for dictionary in dictionaries]
-    counts = [_Counts(dictionary) for dictionary in dictionaries]
+    meters = [_Meters(dictionary) for dictionary in dictionaries]
     for batch in held_out(documents):
         tokens = batch.tokens[:, :-1]
         _, found = model.original(tokens)
         keep = _not_first(tokens)
-        for meter, count in zip(meters, counts, strict=True):
-            x = found[hook(meter.dictionary.layer, MLP_IN)][keep]
-            meter.update(x, found[hook(meter.dictionary.layer, MLP_OUT)][keep])
-            count.update(x, tokens.flatten()[keep])
+        for meter in meters:
+            meter.read(found[hook(meter.dictionary.layer, MLP_IN)][keep], tokens.flatten()[keep])
+        for meter in meters:
+            meter.compare(found[hook(meter.dictionary.layer, MLP_OUT)][keep], meters)
     run = replaced_logits(model, dictionaries)
 
     written = [hook(dictionary.layer, MLP_OUT) for dictionary in dictionaries]
@@ -93,8 +92,8 @@ def measure(
 
     replacement = evaluate_replacement(model.logits, run, ablated, ((b.tokens, b.answer) for b in held_out(compared)))
     states = StateFeatures(
-        torch.stack([count.f1(among_cities=True) for count in counts]),
-        torch.stack([count.f1(among_cities=False) for count in counts]),
+        torch.stack([meter.states.f1(among_cities=True) for meter in meters]),
+        torch.stack([meter.states.f1(among_cities=False) for meter in meters]),
         _final_position(model, dictionaries),
     )
     return Quality([meter.figures() for meter in meters], replacement, tasks.evaluate(run), states)
@@ -106,19 +105,52 @@ def _not_first(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, " tokens"]:
     return keep.flatten()
 
 
+class _Meters:
+    """All that is counted of one dictionary, and of what all of them write at its layer."""
+
+    def __init__(self, dictionary: Dictionary) -> None:
+        self.dictionary = dictionary
+        self.firing, self.error, self.states = FiringMeter(dictionary.n_features), ErrorMeter(), _Counts(dictionary)
+
+    def read(self, x: Float[Tensor, "tokens d_in"], tokens: Int[Tensor, " tokens"]) -> None:
+        self.activations, self.x = self.dictionary.encode(x), x
+        self.firing.update(self.activations)
+        self.states.update(self.activations, tokens)
+
+    def compare(self, y: Float[Tensor, "tokens d_out"], every: list[_Meters]) -> None:
+        layer = self.dictionary.layer
+        writers = [one for one in every if layer in one.dictionary.write_layers]
+        written = torch.stack([one.dictionary.decode(one.activations, layer) for one in writers]).sum(0)
+        self.error.update(y, written + self.dictionary.b_dec + self.dictionary.skip(self.x))
+
+    def figures(self) -> LayerFigures:
+        firing, error = self.firing.figures(), self.error.figures()
+        return LayerFigures(
+            layer=self.dictionary.layer,
+            n_features=firing.n_features,
+            fvu=error.fvu,
+            l0=firing.l0,
+            dead=firing.dead,
+            tokens=error.tokens,
+            dense=firing.dense,
+            nmse=error.nmse,
+            cosine=error.cosine,
+        )
+
+
 class _Counts:
     """Counts of firing on cities, for F1 = 2 hits / (fires + positives)."""
 
     def __init__(self, dictionary: Dictionary) -> None:
-        self.dictionary, n_states = dictionary, len(facts.states)
+        n_states = len(facts.states)
         self.cities = torch.zeros(len(place_of_token()), dtype=torch.bool)
         self.cities[list(word_groups()["city"])] = True
         self.hits = torch.zeros(n_states, dictionary.n_features)
         self.positives = torch.zeros(n_states)
         self.fires, self.fires_on_cities = torch.zeros(dictionary.n_features), torch.zeros(dictionary.n_features)
 
-    def update(self, x: Float[Tensor, "tokens d_in"], tokens: Int[Tensor, " tokens"]) -> None:
-        fires = (self.dictionary.encode(x) != 0).float()
+    def update(self, activations: Float[Tensor, "tokens n_features"], tokens: Int[Tensor, " tokens"]) -> None:
+        fires = (activations != 0).float()
         city = self.cities[tokens]
         state = place_of_token()[tokens]
         chosen = city & (state < len(self.positives))

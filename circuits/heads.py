@@ -1,0 +1,206 @@
+"""Which attention heads carried an edge: every edge of a graph split by head.
+
+An edge's value runs over many paths, through any number of attention layers. Each path is credited to the last head on
+it, the one that moved it to the position where its target reads; paths that no attention is on are credited to none.
+The shares add up to the edge. After Kamath et al. 2025 ("Tracing Attention Computation Through Feature Interactions"),
+who split edges between neighbouring layers by head; frozen patterns only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.sparse import csr_array
+from torch import Tensor
+
+from circuits.targets import Spec, Target, as_specs, reads, resolve
+from graphs.graph import AttributionGraph, NodeKind
+from replacement.contributions import enter
+from replacement.errors import InputError
+from replacement.linearised import Linearisation
+from replacement.local import LocalModel, Targets
+from replacement.model import ReplacementModel
+from replacement.sites import Place, Slot
+
+SOURCES_AT_ONCE = 64  #: sources that are carried up together
+
+
+class HeadLoadings(NamedTuple):
+    """What each head carried of each edge; rows sum to the edges."""
+
+    target: Int[np.ndarray, " n_edges"]  #: node
+    source: Int[np.ndarray, " n_edges"]  #: node
+    loadings: csr_array  #: [n_edges, n_layers * n_heads + 1]: layer-major heads, the last column without attention
+    n_heads: int
+
+    def column(self, layer: int, head: int) -> int:
+        """Where a head stands."""
+        return layer * self.n_heads + head
+
+    def top(self, edge: int, *, k: int = 3) -> list[tuple[int, int, float]]:
+        """The k largest loadings of an edge as (layer, head, value), largest size first; (-1, -1) is no attention."""
+        row = self.loadings[[edge]].toarray()[0]
+        order = np.argsort(-np.abs(row), kind="stable")[:k]
+        none = row.size - 1
+        return [
+            ((-1, -1) if i == none else divmod(int(i), self.n_heads)) + (float(row[i]),) for i in order if row[i] != 0
+        ]
+
+
+def head_loadings(
+    model: ReplacementModel,
+    graph: AttributionGraph,
+    *,
+    edges: Iterable[int] | None = None,
+    targets: Spec | Sequence[Spec] | None = None,
+) -> HeadLoadings:
+    """Split edges of a graph by the head that carried them: `A[t, s] = none + sum over layers and heads`.
+
+    With `g` the target's gradient by attention-free paths and `x_s` what the source's write makes of the stream, head h
+    of layer l carries `g_l^T O_h A_h x_s V_h`, the post-norm and the norm before attention frozen like the patterns.
+
+    model, graph: the graph, whole or pruned, and the model that it was traced on; its prompt is run once more.
+    edges: indices into `graph.adjacency.data`; None for all.
+    targets: what the graph explains, as given to `attribute`; needed only where that was a feature or a direction.
+    Raises InputError for a graph of another model, or attention that is not frozen.
+    """
+    settings = graph.settings
+    if settings.get("attention", "frozen") != "frozen":
+        raise InputError("head_loadings(graph=...): follows attention's gradient; trace with attention='frozen'")
+    rule = Linearisation(mlp=settings.get("mlp", "relp"), steps=settings.get("ig_steps", 10))
+    tokens = torch.from_numpy(graph.token_ids.copy())
+    local = model.local(tokens, trace_bos=bool(settings.get("trace_bos")), linearisation=rule)
+    wanted = np.arange(graph.n_edges) if edges is None else np.asarray(list(edges), dtype=np.int64)
+    target, source = graph.edge_targets[wanted], graph.edge_sources[wanted]
+    n_heads = model.weights.blocks[0].W_O.shape[0]
+    values = np.zeros((len(wanted), local.n_layers * n_heads + 1))
+    with torch.no_grad():
+        rows = _Rows(local, graph, _targets(model, local, graph, targets))
+        pulls = {int(node): _pull(local, rows.reads(int(node))) for node in np.unique(target)}
+        sources = np.unique(source)
+        for start in range(0, len(sources), SOURCES_AT_ONCE):
+            chunk = sources[start : start + SOURCES_AT_ONCE]
+            streams = _carried(local, rows, chunk)
+            for node, pull in pulls.items():
+                here = np.flatnonzero((target == node) & np.isin(source, chunk))
+                at = torch.from_numpy(np.searchsorted(chunk, source[here])).to(local.forward.tokens.device)
+                for layer, gradient in pull.heads.items():
+                    carried = torch.einsum("hkd,skd->sh", gradient, streams[layer][at])
+                    values[here, layer * n_heads : (layer + 1) * n_heads] = carried.double().cpu().numpy()
+                values[here, -1] = [_direct(local, rows.writes(int(s)), pull) for s in source[here]]
+    return HeadLoadings(target, source, csr_array(values), n_heads)
+
+
+def _targets(
+    model: ReplacementModel, local: LocalModel, graph: AttributionGraph, given: Spec | Sequence[Spec] | None
+) -> list[Target]:
+    """The graph's targets, from what was given or from what its nodes say."""
+    found: list[Target] = []
+    for node in graph.targets.tolist():
+        token, position = int(graph.nodes.feature[node]), int(graph.nodes.position[node])
+        specs = as_specs(token if token >= 0 else graph.nodes.label[node]) if given is None else as_specs(given)
+        if given is not None and specs is not None:
+            specs = [specs[len(found)]] if len(found) < len(specs) else []
+        if not specs:
+            raise InputError("head_loadings(targets=...): the graph has more targets than were given; pass all")
+        found += resolve(model, local, specs, position=position, max_logits=1, logit_probability=1.0)
+    return found
+
+
+class _Pull(NamedTuple):
+    """A target's gradients by paths that no attention is on."""
+
+    heads: dict[int, Float[Tensor, "heads key d_model"]]  # at what attention reads, by the head that comes next
+    slots: list[tuple[Slot | None, int, Float[Tensor, " d_model"]]]  # in the stream: slot, position, gradient
+
+
+class _Rows:
+    """What nodes of a graph read and write in the local model."""
+
+    def __init__(self, local: LocalModel, graph: AttributionGraph, targets: list[Target]) -> None:
+        self.local, self.nodes, self.targets = local, graph.nodes, targets
+        self.first = int(graph.n_nodes - graph.nodes.is_logit.sum())
+        table = local.features
+        keys = zip(*(column.tolist() for column in table[:4]), strict=True)
+        self.index = {key: number for number, key in enumerate(keys)}
+
+    def _feature(self, node: int) -> int:
+        nodes = self.nodes
+        key = (nodes.layer[node], nodes.places[node], nodes.position[node], nodes.feature[node])
+        if key not in self.index:
+            raise InputError("head_loadings(model=...): lacks features of the graph; pass the model it was traced on")
+        return self.index[key]
+
+    def reads(self, node: int) -> list[Targets]:
+        if self.nodes.kind[node] == NodeKind.FEATURE:
+            return self.local.feature_targets(torch.tensor([self._feature(node)]).to(self.local.forward.tokens))
+        return reads(self.local, [self.targets[node - self.first]])
+
+    def writes(self, node: int) -> dict[Slot | None, Float[Tensor, "pos d_model"]]:
+        """What a source writes, by slot, at the slot's site; None stands for the embeddings."""
+        local, nodes, position = self.local, self.nodes, int(self.nodes.position[node])
+        blank = torch.zeros_like(local.forward.embedding)
+        if nodes.kind[node] == NodeKind.EMBEDDING:
+            blank[position] = local.forward.embedding[position]
+            return {None: blank}
+        if nodes.kind[node] == NodeKind.ERROR:
+            slot = Slot(int(nodes.layer[node]), Place(int(nodes.places[node])))
+            blank[position] = local.errors[local.slots.index(slot), position]
+            return {slot: blank}
+        index = self._feature(node)
+        found: dict[Slot | None, Tensor] = {}
+        for slot, written in local.writes.items():
+            for vector in written.vectors[written.source == index]:
+                found[slot] = blank.clone()
+                found[slot][position] = vector
+        return found
+
+
+def _pull(local: LocalModel, targets: list[Targets]) -> _Pull:
+    path = local.path
+    heads: dict[int, Tensor] = {}
+    slots: list[tuple[Slot | None, int, Tensor]] = []
+    for one in targets:
+        entry, _ = enter(local, one)
+        position = entry.positions
+        for slot, gradient in path.direct(entry):
+            if slot is None or slot.place is not Place.ATTENTION:
+                slots.append((slot, int(position[0]), gradient[0]))
+                continue
+            if not entry.only_attention:
+                slots.append((slot, int(position[0]), gradient[0]))
+            if slot in path.written and not entry.only_attention:
+                continue
+            at_output = (
+                gradient
+                if entry.only_attention
+                else path.transpose_write(slot.layer, "attn.hook_out", gradient, position)
+            )
+            carried = path.head_gradients(slot.layer, at_output, position)[0]
+            heads[slot.layer] = heads[slot.layer] + carried if slot.layer in heads else carried
+    return _Pull(heads, slots)
+
+
+def _carried(local: LocalModel, rows: _Rows, sources: Int[np.ndarray, " n"]) -> list[Float[Tensor, "n pos d_model"]]:
+    """What each source's writes make of the stream where attention reads, by layer."""
+    each = []
+    for node in sources.tolist():
+        writes = rows.writes(node)
+        embedding = writes.pop(None, None)
+        each.append(list(local.carry({s: w for s, w in writes.items() if s is not None}, embedding))[:-1])
+    return [torch.stack(of_layer) for of_layer in zip(*each, strict=True)]
+
+
+def _direct(local: LocalModel, writes: dict[Slot | None, Tensor], pull: _Pull) -> float:
+    total = 0.0
+    for slot, position, gradient in pull.slots:
+        if slot in writes:
+            if slot is not None:
+                where = torch.tensor([position], device=gradient.device)
+                gradient = local.path.transpose_write(slot.layer, local.write_site(slot), gradient[None], where)[0]
+            total += float(gradient.double() @ writes[slot][position].double())
+    return total

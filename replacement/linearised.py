@@ -1,0 +1,183 @@
+"""How the parts of a model that no dictionary replaces become linear maps on a prompt.
+
+An MLP is linearised by one of four rules, attention by its frozen pattern (in `replacement.linear`) or by its full
+gradient. Each is a map `x -> J x` with its transpose; what `J x` and the constants miss is an error, kept by
+`replacement.local`. Knows nothing of dictionaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from replacement.errors import InputError
+from replacement.neurons import Neurons
+from replacement.sites import ForwardPass, Hook, freeze_hooks, hook_name, hooked
+
+MLP_RULES = ("relp", "jacobian", "ig", "stop")
+ATTENTION_RULES = ("frozen", "gradient")
+
+
+@dataclass(frozen=True)
+class Linearisation:
+    """What stands for MLPs and attention where no dictionary does.
+
+    | mlp | the map |
+    | --- | --- |
+    | relp | layer-wise relevance: `act(z)` becomes `z` times its ratio, each factor of a gated product half of it |
+    | jacobian | the gradient at the prompt |
+    | ig | the gradient averaged over `steps` points between zero input and the prompt's (integrated gradients) |
+    | stop | nothing passes |
+
+    RelP (Jafari et al. 2025) is exact: only biases are left over. What the others miss is an error node. attention:
+    "frozen" moves values by the prompt's pattern; "gradient" follows queries and keys too.
+    """
+
+    mlp: str = "relp"
+    attention: str = "frozen"
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name, known in (("mlp", MLP_RULES), ("attention", ATTENTION_RULES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"linearisation {name}={getattr(self, name)!r}: needs one of {', '.join(known)}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise InputError(f"linearisation steps={self.steps!r}: needs a whole number, 1 or more")
+
+
+class LinearMLP(NamedTuple):
+    """An MLP with each neuron's derivatives held: `J = W_out (c_in W_in + c_gate W_gate)`, c by position and neuron."""
+
+    neurons: Neurons
+    c_in: Float[Tensor, "pos d_mlp"]
+    c_gate: Float[Tensor, "pos d_mlp"] | None
+    constant: Float[Tensor, "pos d_model"]
+
+    def forward(self, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
+        """`J x`."""
+        hidden = self.c_in * (x @ self.neurons.W_enc.T)
+        if self.c_gate is not None and self.neurons.W_gate is not None:
+            hidden = hidden + self.c_gate * (x @ self.neurons.W_gate.T)
+        return hidden @ self.neurons.W_dec
+
+    def transpose(self, gradient: Float[Tensor, "*axes d_model"], positions: Tensor | slice) -> Tensor:
+        """`J^T g` at listed positions, one a row, or at a range of them as the last axis but one."""
+        hidden = gradient @ self.neurons.W_dec.T
+        out = (hidden * self.c_in[positions]) @ self.neurons.W_enc
+        if self.c_gate is not None and self.neurons.W_gate is not None:
+            out = out + (hidden * self.c_gate[positions]) @ self.neurons.W_gate
+        return out
+
+
+def linear_mlp(neurons: Neurons, x: Float[Tensor, "pos d_model"], rule: Linearisation) -> LinearMLP:
+    """The map that a rule other than "stop" makes of an MLP at its inputs on the prompt.
+
+    Constants: `b_dec`, and for RelP the biases of the neurons times their ratios.
+    """
+    if rule.mlp == "relp":
+        c_in, c_gate = neurons.ratios(x)
+        inner = c_in * neurons.b_enc
+        if c_gate is not None and neurons.b_gate is not None:
+            inner = inner + c_gate * neurons.b_gate
+        return LinearMLP(neurons, c_in, c_gate, inner @ neurons.W_dec + neurons.b_dec)
+    shares = [1.0] if rule.mlp == "jacobian" else [(step + 0.5) / rule.steps for step in range(rule.steps)]
+    points = [neurons.derivatives(share * x) for share in shares]  # midpoints of equal parts of the way from zero
+    c_in = torch.stack([at for at, _ in points]).mean(0)
+    gates = [gate for _, gate in points if gate is not None]
+    c_gate = torch.stack(gates).mean(0) if gates else None
+    return LinearMLP(neurons, c_in, c_gate, neurons.b_dec.expand(len(x), -1))
+
+
+class AttentionGradient:
+    """Attention's full gradient at the prompt, queries and keys included, by autograd through the model's own code."""
+
+    def __init__(self, x: Tensor, out: Tensor, constant: Float[Tensor, " d_model"]) -> None:
+        self.x, self.out, self.constant = x, out, constant
+
+    def forward(self, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
+        """`J x`, as the derivative of `J^T u` by u."""
+        with torch.enable_grad():
+            u = torch.zeros_like(self.out, requires_grad=True)
+            (pulled,) = torch.autograd.grad(self.out, self.x, u, create_graph=True, retain_graph=True)
+            (pushed,) = torch.autograd.grad(pulled, u, x.to(self.x.dtype), retain_graph=True)
+        return pushed
+
+    def transpose(self, gradient: Float[Tensor, "batch prefix d_model"]) -> Float[Tensor, "batch prefix d_model"]:
+        """`J^T g`; attention is causal, so nothing comes out beyond the prefix."""
+        batch, prefix, width = gradient.shape
+        full = gradient.new_zeros(batch, len(self.x), width)
+        full[:, :prefix] = gradient
+        (pulled,) = torch.autograd.grad(self.out, self.x, full, retain_graph=True, is_grads_batched=True)
+        return pulled[:, :prefix]
+
+
+def attend_hooks(n_layers: int) -> list[Hook]:
+    """Hooks that let gradients through attention's softmax in the scores' own precision.
+
+    The bridge computes it in float32 whatever the model's precision is, so that its gradients are no linear map to
+    float64's accuracy. Raises InputError where the patterns are no softmax of the scores.
+    """
+    scores: dict[int, Tensor] = {}
+
+    def score(layer: int) -> Callable[..., None]:
+        def hook(tensor: Tensor, hook: object) -> None:
+            scores[layer] = tensor
+
+        return hook
+
+    def attend(layer: int) -> Callable[..., Tensor]:
+        def hook(tensor: Tensor, hook: object) -> Tensor:
+            own = scores[layer].masked_fill(tensor == 0, -torch.inf).softmax(-1)
+            if not torch.allclose(own, tensor, atol=1e-3):
+                raise InputError(
+                    "attention 'gradient': this model's patterns are no softmax of its scores; use 'frozen'"
+                )
+            return tensor.detach() + (own - own.detach())
+
+        return hook
+
+    hooks: list[Hook] = []
+    for layer in range(n_layers):
+        hooks.append((hook_name(layer, "attn.hook_attn_scores"), score(layer)))
+        hooks.append((hook_name(layer, "attn.hook_pattern"), attend(layer)))
+    return hooks
+
+
+def attention_gradients(bridge: Any, forward: ForwardPass, biases: list[Tensor | None]) -> list[AttentionGradient]:
+    """One map a layer, from attention's input (after the norm) to its output (before a post-norm), by one hooked run.
+
+    biases: attention's output bias by layer, the map's constant.
+    """
+    inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+
+    def enter(layer: int) -> Callable[..., Tensor]:
+        def hook(tensor: Tensor, hook: object) -> Tensor:
+            inputs[layer] = tensor[0].detach().requires_grad_()
+            return inputs[layer][None]
+
+        return hook
+
+    def leave(layer: int) -> Callable[..., None]:
+        def hook(tensor: Tensor, hook: object) -> None:
+            outputs[layer] = tensor[0]
+
+        return hook
+
+    layers = range(len(forward.blocks))
+    hooks = freeze_hooks(forward, norms=True, patterns=False)
+    hooks += [(hook_name(layer, "attn.hook_in"), enter(layer)) for layer in layers]
+    hooks += attend_hooks(len(forward.blocks))
+    hooks += [(hook_name(layer, "attn.hook_out"), leave(layer)) for layer in layers]
+    with torch.enable_grad():
+        hooked(bridge, forward.tokens, hooks)
+    zero = torch.zeros_like(forward.embedding[0])
+    return [
+        AttentionGradient(inputs[layer], outputs[layer], zero if bias is None else bias)
+        for layer, bias in zip(layers, biases, strict=True)
+    ]

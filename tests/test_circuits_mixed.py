@@ -1,0 +1,302 @@
+"""The laws of the local model for every mix of dictionaries and every way to linearise what they leave."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from circuits import attribute
+from circuits.heads import head_loadings
+from circuits.intervention import intervene
+from graphs.graph import PLACES
+from replacement import ReplacementModel
+from replacement.activation import JumpReLU, ReLU, TopK
+from replacement.cross_layer import CrossLayerTranscoder
+from replacement.crosscoder import Crosscoder
+from replacement.dictionary import DictionarySet
+from replacement.errors import InputError
+from replacement.linear import apply_norm
+from replacement.linearised import Linearisation
+from replacement.neurons import neurons
+from replacement.sites import Place, Slot
+from tests.tiny import FAMILIES, PROMPT, random_set, random_transcoder
+
+WIDTH = 24
+
+
+def saes(site: str, layers: tuple[int, ...] = (0, 1, 2)) -> DictionarySet:
+    """SAEs of different widths and activations at one site."""
+    activations = [ReLU(), TopK(5), JumpReLU(torch.full((20,), 0.3))]
+    made = {
+        layer: random_transcoder(
+            layer=layer,
+            read=site,
+            write=site,
+            n_features=(30, 25, 20)[layer],
+            d_model=WIDTH,
+            activation=activations[layer],
+            skip=False,
+            seed=50 + layer,
+        )
+        for layer in layers
+    }
+    return DictionarySet(made, site)
+
+
+def crosscoder(site: str = "hook_resid_post", *, causal: bool) -> DictionarySet:
+    normal = torch.Generator().manual_seed(7)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=normal) / 5
+
+    if not causal:
+        parts = tuple(f"blocks.{layer}.{site}" for layer in range(3))
+        one = Crosscoder(parts=parts, site=site, W_enc=draw(30, 3 * WIDTH), b_enc=draw(30), W_dec=draw(30, 3, WIDTH),
+                         b_dec=draw(3, WIDTH), activation=ReLU())  # fmt: skip
+        return DictionarySet({0: one}, "crosscoder")
+    made = {
+        layer: CrossLayerTranscoder(
+            layer=layer,
+            read=site,
+            write=site,
+            W_enc=draw(20, WIDTH),
+            b_enc=draw(20),
+            W_dec=draw(20, 3 - layer, WIDTH),
+            b_dec=draw(WIDTH),
+            activation=ReLU(),
+        )
+        for layer in range(3)
+    }
+    return DictionarySet(made, "causal crosscoder")
+
+
+def some(family: str, kind: str, bridge: object, layers: tuple[int, ...]) -> DictionarySet:
+    every = random_set(family, kind, "relu", bridge.cfg)
+    return DictionarySet({layer: every.by_layer[layer] for layer in layers}, kind)
+
+
+MIXES = {
+    "nothing": lambda family, bridge: [],
+    "sae post": lambda family, bridge: [saes("hook_resid_post")],
+    "sae pre, one layer": lambda family, bridge: [saes("hook_resid_pre", (1,))],
+    "sae first pre": lambda family, bridge: [saes("hook_resid_pre", (0,))],
+    "sae mid": lambda family, bridge: [saes("hook_resid_mid", (0, 2))],
+    "sae attention": lambda family, bridge: [saes("attn.hook_out")],
+    "sae attention, after the norm": lambda family, bridge: [saes("hook_attn_out", (1, 2))],
+    "sae mlp": lambda family, bridge: [saes("mlp.hook_out")],
+    "sae mlp, after the norm": lambda family, bridge: [saes("hook_mlp_out", (0, 1))],
+    "sparse feature circuits": lambda family, bridge: [
+        saes("hook_resid_post"), saes("hook_attn_out"), saes("hook_mlp_out"),
+    ],
+    "causal crosscoder": lambda family, bridge: [crosscoder(causal=True)],
+    "crosscoder": lambda family, bridge: [crosscoder(causal=False)],
+    "crosscoder of mlps": lambda family, bridge: [crosscoder("mlp.hook_out", causal=False)],
+    "mixed": lambda family, bridge: [
+        some(family, "skip_transcoder", bridge, (0,)), saes("hook_resid_post", (1,)),
+        neurons(bridge, torch.float64, layers=[2]),
+    ],
+    "clt and attention": lambda family, bridge: [
+        random_set(family, "cross_layer_transcoder", "relu", bridge.cfg), saes("attn.hook_out", (0, 1)),
+    ],
+    "transcoders and stream": lambda family, bridge: [
+        some(family, "transcoder", bridge, (0, 2)), saes("hook_resid_pre", (1, 2)),
+    ],
+}  # fmt: skip
+RULES = {
+    "relp": Linearisation(),
+    "jacobian": Linearisation(mlp="jacobian"),
+    "ig": Linearisation(mlp="ig", steps=4),
+    "stop": Linearisation(mlp="stop"),
+    "gradient": Linearisation(mlp="jacobian", attention="gradient"),
+}
+TABLE = [(family, mix, "relp") for family in FAMILIES for mix in MIXES]
+TABLE += [("llama", mix, rule) for mix in MIXES for rule in RULES if rule != "relp"]
+TABLE += [
+    (family, mix, rule)
+    for family in FAMILIES
+    for mix in ("nothing", "sparse feature circuits", "mixed")
+    for rule in RULES
+    if rule != "relp" and family != "llama"
+]
+TABLE = [row for row in TABLE if row[:2] != ("neox", "sae mid")]
+
+
+@pytest.fixture(scope="module")
+def mixed_model(tiny_model):
+    """`mixed_model(family, mix)`: a replacement model of a mix, made once."""
+    made: dict[tuple, ReplacementModel] = {}
+
+    def model(family: str, mix: str) -> ReplacementModel:
+        if (family, mix) not in made:
+            bridge = tiny_model(family).bridge
+            made[family, mix] = ReplacementModel(bridge, MIXES[mix](family, bridge), name=family)
+        return made[family, mix]
+
+    return model
+
+
+def graph_of(model, rule, engine="linear", **given):
+    how = {"mlp": rule.mlp, "attention": rule.attention, "ig_steps": rule.steps}
+    return attribute(model, PROMPT, engine=engine, **how, **given)
+
+
+@pytest.mark.parametrize("trace_bos", [False, True])
+@pytest.mark.parametrize(("family", "mix", "rule"), TABLE)
+def test_errors_make_up_for_the_rest(mixed_model, family, mix, rule, trace_bos):
+    model = mixed_model(family, mix)
+    local = model.local(PROMPT, trace_bos=trace_bos, linearisation=RULES[rule])
+    assert (local.logits() - model.logits(PROMPT)).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("trace_bos", [False, True])
+@pytest.mark.parametrize(("family", "mix", "rule"), TABLE)
+def test_rows_add_up_and_lead_upwards(mixed_model, family, mix, rule, trace_bos):
+    graph = graph_of(mixed_model(family, mix), RULES[rule], trace_bos=trace_bos)
+    assert graph.residual <= 1e-10
+    target, source = graph.adjacency.tocoo().coords
+    assert (graph.nodes.depth[source] < graph.nodes.depth[target]).all()
+    assert (graph.nodes.position[source] <= graph.nodes.position[target]).all()
+    assert mix == "nothing" or graph.nodes.is_feature.sum() > 20
+
+
+@pytest.mark.parametrize(("family", "mix", "rule"), TABLE)
+def test_engines_agree(mixed_model, family, mix, rule):
+    """The sweep equals autograd on the hooked language model, which knows nothing of its coefficients."""
+    model = mixed_model(family, mix)
+    linear, reference = (graph_of(model, RULES[rule], engine) for engine in ("linear", "autograd"))
+    scale = np.abs(reference.dense_adjacency()).max()
+    np.testing.assert_allclose(linear.dense_adjacency(), reference.dense_adjacency(), atol=1e-10 * scale)
+    np.testing.assert_allclose(linear.bias, reference.bias, atol=1e-10 * scale)
+    np.testing.assert_allclose(linear.bos, reference.bos, atol=1e-10 * scale)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_relevance_leaves_no_error_and_stop_leaves_all(mixed_model, family):
+    model = mixed_model(family, "nothing")
+    relevance, stopped = graph_of(model, RULES["relp"]), graph_of(model, RULES["stop"])
+    assert not relevance.nodes.is_error.any()
+    assert stopped.nodes.is_error.sum() == 3 * stopped.n_positions
+    averaged = model.local(PROMPT, linearisation=Linearisation(mlp="ig", steps=200))
+    gradient = model.local(PROMPT, linearisation=Linearisation(mlp="jacobian"))
+    constant = model.local(PROMPT, linearisation=Linearisation(mlp="stop"))
+    assert averaged.errors.norm() < gradient.errors.norm(), "integrated gradients are complete, up to the biases"
+    assert averaged.errors.norm() < constant.errors.norm()
+
+
+def test_the_header_says_how_the_rest_was_linearised(mixed_model):
+    settings = graph_of(mixed_model("llama", "mixed"), RULES["ig"]).settings
+    assert settings["mlp"] == "ig" and settings["ig_steps"] == 4 and settings["attention"] == "frozen"
+    assert settings["linearised_mlps"] == [1]
+    assert "acausal" in graph_of(mixed_model("llama", "crosscoder"), RULES["relp"]).settings
+
+
+def test_an_acausal_feature_stands_at_every_layer_that_it_writes(mixed_model):
+    nodes = graph_of(mixed_model("llama", "crosscoder"), RULES["relp"]).nodes
+    at = {(f, p): [] for f, p in zip(nodes.feature[nodes.is_feature], nodes.position[nodes.is_feature], strict=True)}
+    for index in np.flatnonzero(nodes.is_feature):
+        at[nodes.feature[index], nodes.position[index]].append((nodes.layer[index], nodes.activation[index]))
+    assert at and all([layer for layer, _ in found] == [0, 1, 2] for found in at.values())
+    assert all(len({value for _, value in found}) == 1 for found in at.values())
+
+
+def test_a_feature_of_any_place_can_be_traced(mixed_model):
+    model = mixed_model("llama", "sparse feature circuits")
+    table = model.local(PROMPT).features
+    for place, word in ((1, "attn"), (3, "mlp"), (4, "post")):
+        index = int(((table.place == place) & (table.layer == 1)).nonzero()[0, 0])
+        spec = f"L1.{word}#{int(table.feature[index])}@{int(table.position[index])}"
+        graph = attribute(model, PROMPT, targets=spec)
+        assert graph.residual <= 1e-10
+        assert graph.pre_activation[-1] == pytest.approx(float(table.activation[index]))
+        assert (graph.nodes.depth[graph.nodes.is_feature] < 5 + place).all()
+    with pytest.raises(InputError, match=r"write L1\.attn#0 or L1\.mlp#0 or L1\.post#0"):
+        attribute(model, PROMPT, targets="L1#0@3")
+
+
+def test_stored_graphs_keep_places(mixed_model, tmp_path):
+    graph = graph_of(mixed_model("llama", "sparse feature circuits"), RULES["relp"])
+    graph.save(tmp_path / "graph.safetensors")
+    again = type(graph).load(tmp_path / "graph.safetensors")
+    np.testing.assert_array_equal(again.nodes.places, graph.nodes.places)
+    assert set(again.nodes.places[again.nodes.is_feature]) == {1, 3, 4}
+
+
+SETS = {
+    "both replace hook_mlp_out of layer 0": lambda bridge: [
+        saes("mlp.hook_out"), random_set("llama", "transcoder", "relu", bridge.cfg),
+    ],
+    "write site 'attn.hook_q' is not known": lambda bridge: [saes("attn.hook_q")],
+    "layer 1 is written at": lambda bridge: [
+        saes("mlp.hook_out", (1,)), some("llama", "cross_layer_transcoder", bridge, (0,)),
+    ],
+    "layer 1 one replaces the MLP and one its output": lambda bridge: [
+        saes("hook_mlp_out", (1,)), some("llama", "cross_layer_transcoder", bridge, (0,)),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", SETS)
+def test_sets_that_do_not_go_together_say_so(tiny_model, message):
+    bridge = tiny_model("llama").bridge
+    with pytest.raises(InputError, match=message):
+        ReplacementModel(bridge, SETS[message](bridge), name="m")
+
+
+@pytest.mark.parametrize(("family", "mix", "rule"), [row for row in TABLE if row[2] != "gradient"])
+def test_head_loadings_add_up_to_the_edges(mixed_model, family, mix, rule):
+    model = mixed_model(family, mix)
+    graph = graph_of(model, RULES[rule], max_features=20)
+    split = head_loadings(model, graph)
+    scale = np.abs(graph.adjacency.data).max()
+    np.testing.assert_allclose(split.loadings.sum(1), graph.adjacency.data, atol=1e-12 * scale)
+    moved = graph.nodes.position[split.target] != graph.nodes.position[split.source]
+    assert moved.any()
+    assert not split.loadings[moved][:, [-1]].toarray().any(), "nothing but attention moves between positions"
+
+
+def test_head_loadings_are_what_a_head_alone_carries(mixed_model):
+    """Brute force for edges that lead into attention's output in the first layer."""
+    model = mixed_model("llama", "sae attention")
+    graph = graph_of(model, RULES["relp"])
+    split = head_loadings(model, graph)
+    block = model.local(PROMPT).path.weights.blocks[0]
+    local = model.local(PROMPT)
+    target = next(i for i in np.flatnonzero(graph.nodes.is_feature) if graph.nodes.layer[i] == 0)
+    row = model.coverage.at[Slot(0, Place.ATTENTION)].W_enc[int(graph.nodes.feature[target])]
+    position = int(graph.nodes.position[target])
+    for edge in np.flatnonzero(split.target == target):
+        source = int(graph.nodes.position[split.source[edge]])
+        x = apply_norm(block.ln1, local.forward.blocks[0].ln1_scale, local.forward.embedding, bias=False)[source]
+        for head in range(4):
+            value = x @ block.W_V[head // 2] * local.forward.blocks[0].pattern[head, position, source]
+            expected = float(row @ (value @ block.W_O[head]))
+            assert split.loadings[[int(edge)]].toarray()[0, head] == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("freeze", ["nothing", "attention", "everything"])
+@pytest.mark.parametrize(("family", "mix", "rule"), [row for row in TABLE if row[2] == "relp" and row[1] != "nothing"])
+def test_a_feature_set_to_its_own_value_changes_nothing(mixed_model, family, mix, rule, freeze):
+    model = mixed_model(family, mix)
+    nodes = attribute(model, PROMPT).nodes
+    for node in np.flatnonzero(nodes.is_feature)[::40]:
+        where = int(nodes.layer[node]), int(nodes.position[node]), int(nodes.feature[node])
+        same = intervene(model, PROMPT, [(*where, nodes.activation[node], PLACES[nodes.places[node]])], freeze=freeze)
+        torch.testing.assert_close(same, model.logits(PROMPT), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("family", "mix", "rule"), TABLE)
+def test_a_direct_effect_on_logits_is_the_edge(mixed_model, family, mix, rule):
+    """With everything held, switching a feature off changes a target by the edge from one to the other."""
+    if rule == "gradient" or mix == "nothing" or family == "gemma2":
+        return  # gemma2 caps its logits
+    model = mixed_model(family, mix)
+    graph = graph_of(model, RULES[rule], targets=[7, 11], trace_bos=True)
+    before = model.logits(PROMPT)[-1]
+    for node in np.flatnonzero(graph.nodes.is_feature)[::25]:
+        where = int(graph.nodes.layer[node]), int(graph.nodes.position[node]), int(graph.nodes.feature[node])
+        off = [(*where, 0.0, PLACES[graph.nodes.places[node]])]
+        change = intervene(model, PROMPT, off, freeze="everything", linearisation=RULES[rule])[-1] - before
+        for target, token in zip(graph.targets, (7, 11), strict=True):
+            moved = float(change[token] - change.mean())
+            assert moved == pytest.approx(-graph.adjacency[[target], [node]][0], abs=1e-9)
