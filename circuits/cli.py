@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import NoReturn
 
 from circuits import __version__
@@ -24,9 +25,11 @@ COMMANDS = {
     "export": "write a stored graph in other formats",
     "train": "train dictionaries of any kind for a model",
     "eval": "measure how good dictionaries are",
+    "diff-models": "compare a model with a fine-tuned one, feature by feature",
     "models": "list the models that ship with the package",
 }
-"""Command -> one line of help; each is a module `circuits.commands.NAME` with `configure(parser)`, `run(arguments)`."""
+"""Command -> one line of help; each is a module `circuits.commands.NAME` (underscores for hyphens) with
+`configure(parser)`, `run(arguments)`."""
 
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
 
@@ -57,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
-        import_module(f"circuits.commands.{name}").configure(command)
+        _module(name).configure(command)
         command.add_argument("--json", action="store_true", help="print one JSON object instead of a report")
     return top
 
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command is None:
             top.print_help()
         else:
-            import_module(f"circuits.commands.{arguments.command}").run(arguments)
+            _module(arguments.command).run(arguments)
         sys.stdout.flush()
     except (GraphInputError, ModelInputError) as mistake:
         return _refuse(str(mistake))
@@ -87,6 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("circuits: interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _module(command: str) -> ModuleType:
+    return import_module(f"circuits.commands.{command.replace('-', '_')}")
 
 
 def _refuse(message: str) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +27,10 @@ from replacement.errors import InputError
 from replacement.formats.native import write_whole
 from replacement.training.bridge import ReplaceableBridge
 from replacement.training.config import EndToEndConfig, TrainingConfig
-from replacement.training.data import BridgeActivations, TokenSource, open_tokens
+from replacement.training.data import BridgeActivations, JointActivations, TokenSource, open_tokens
 from replacement.training.end_to_end import TokenBatch, train_end_to_end
 from replacement.training.kinds import plans, sites
+from replacement.training.pairs import require_comparable
 from replacement.training.reconstruction import train
 from replacement.training.report import JSONLog, Listener, Record, dashboard
 from replacement.training.source import ActivationSource
@@ -72,47 +73,63 @@ def run(
 ) -> Finished:
     """Train what `config` asks for on a bridge's activations, in the folder `out`; a stopped run goes on from there.
 
-    model, data: as they were named, kept in `training.json`; data as of `open_tokens`. end_to_end: a last stage that
-    brings the replaced model's predictions to the original's. context: tokens of a row, at most the model's. documents:
-    rows of one forward pass. activations: a cache to train on instead of the model. dashboards: of `report.DASHBOARDS`.
-    Raises `InputError` for settings that contradict each other, a folder of another run, or bad data.
+    bridge: a model, or several by name whose sites one crosscoder reads side by side. model, data: as they were named,
+    kept in `training.json`; data as of `open_tokens`. end_to_end: a last stage that brings the replaced model's
+    predictions to the original's. context: tokens of a row, at most the models'. documents: rows of one forward pass.
+    activations: a cache to train on instead of the model. dashboards: of `report.DASHBOARDS`.
+    Raises `InputError` for settings that contradict each other, models that cannot be compared, a folder of another
+    run, or bad data.
     """
-    planned = plans(config, len(bridge.blocks))
-    context = min(context, int(bridge.cfg.n_ctx))
+    bridges = _bridges(bridge, end_to_end)
+    bridge = next(iter(bridges.values()))
+    planned = plans(config, min(len(one.blocks) for one in bridges.values()), models=tuple(filter(None, bridges)))
+    context = min([context, *(int(one.cfg.n_ctx) for one in bridges.values())])
     rest = {"model": model, "data": data, "text_field": text_field, "context": context, "documents": documents}
     settings = _settings(config, end_to_end, bridge, **rest)
     is_new = _is_new(out, settings)
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
-    harvest: dict[str, Any] = {"sites": sites(planned), "documents": documents, "dtype": torch.bfloat16}
-    source = activations or BridgeActivations(bridge, tokens, **harvest)
+    source = activations or _source(bridges, tokens, sites(planned), documents)
     listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last := _Last()]
     listeners += [dashboard(name, out, settings) for name in dashboards]
     if is_new:  # everything could be opened: from here on the folder is this run's
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "training.json", (json.dumps(settings, indent=1) + "\n").encode())
-    trainee = train(
-        source,
-        planned,
-        config=config,
-        checkpoint=out / "checkpoints" / "reconstruction.safetensors",
-        checkpoint_every=checkpoint_every,
-        listeners=listeners,
-        show_progress=show_progress,
-    )
+    watched: Any = {"checkpoint_every": checkpoint_every, "listeners": listeners, "show_progress": show_progress}
+    checkpoints = out / "checkpoints"
+    trainee = train(source, planned, config=config, checkpoint=checkpoints / "reconstruction.safetensors", **watched)
     if end_to_end is not None:
         train_end_to_end(
             ReplaceableBridge(bridge, sites(planned)),
             trainee,
             partial(_batch, tokens, documents=end_to_end.documents),
             config=end_to_end,
-            checkpoint=out / "checkpoints" / "end_to_end.safetensors",
-            checkpoint_every=checkpoint_every,
-            listeners=listeners,
-            show_progress=show_progress,
+            checkpoint=checkpoints / "end_to_end.safetensors",
+            **watched,
         )
     dictionaries = DictionarySet({one.layer: one for one in trainee.dictionaries()}, out.name, metadata=settings)
     formats.save(dictionaries, out)
     return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"))
+
+
+def _bridges(bridge: Any, end_to_end: EndToEndConfig | None) -> dict[str, Any]:
+    """The models by name; one alone has the name ""."""
+    if not isinstance(bridge, Mapping):
+        return {"": bridge}
+    if end_to_end is not None:
+        raise InputError("run(end_to_end=...): replaces one model's sites; leave it out with several models")
+    require_comparable(bridge)
+    return dict(bridge)
+
+
+def _source(
+    bridges: Mapping[str, Any], tokens: TokenSource, planned: Sequence[str], documents: int
+) -> ActivationSource:
+    harvest: dict[str, Any] = {"documents": documents, "dtype": torch.bfloat16}
+    if "" in bridges:
+        return BridgeActivations(bridges[""], tokens, sites=planned, **harvest)
+    of = {name: [site.removeprefix(f"{name}:") for site in planned if site.startswith(f"{name}:")] for name in bridges}
+    parts = {name: BridgeActivations(one, tokens, sites=of[name], **harvest) for name, one in bridges.items()}
+    return JointActivations(parts)
 
 
 def _settings(config: TrainingConfig, end_to_end: EndToEndConfig | None, bridge: Any, **rest: object) -> dict[str, Any]:

@@ -1,19 +1,22 @@
-"""Command line of the recipe: `train` makes a model folder, `tasks` prints its accuracies, `dictionaries` its sets."""
+"""Command line of the recipe: `train` makes a model folder, `finetune` one that believes other facts, `tasks` prints a
+model's accuracies, `dictionaries` makes its sets.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from replacement.errors import InputError
 from replacement.pretrained import directory
-from replacement.pretrained.recipe import dictionaries, tasks
+from replacement.pretrained.recipe import dictionaries, finetune, tasks
 from replacement.pretrained.recipe.card import card
 from replacement.pretrained.recipe.export import export, load, write_json
-from replacement.pretrained.recipe.training import Run, Schedule
+from replacement.pretrained.recipe.training import Progress, Run, Schedule
 
 HEADLINES = (
     "city_state",
@@ -44,6 +47,12 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
     train.add_argument("--no-compile", action="store_true", help="do not use torch.compile (no C++ compiler)")
     train.set_defaults(run=run_train)
+    tune = commands.add_parser("finetune", help="fine-tune the model on changed facts and write its folder")
+    tune.add_argument("--out", type=Path, required=True, help="folder of the fine-tuned model")
+    tune.add_argument("--model", type=Path, help="model folder to start from (default: the one that ships)")
+    tune.add_argument("--steps", type=int, default=finetune.SCHEDULE.steps, help="updates (default: %(default)s)")
+    tune.add_argument("--seed", type=int, default=finetune.SCHEDULE.seed)
+    tune.set_defaults(run=run_finetune)
     table = commands.add_parser("tasks", help="print the accuracy of a model folder by task")
     table.add_argument("--model", type=Path, help="model folder (default: the one that ships)")
     table.set_defaults(run=run_tasks)
@@ -79,6 +88,22 @@ def run_train(given: argparse.Namespace) -> int:
     """Carry out the `train` command."""
     schedule = Schedule(steps=given.steps, seed=given.seed, compiled=not given.no_compile)
     _print(train(given.out, schedule, every=given.every, minutes=given.minutes))
+    return 0
+
+
+def run_finetune(given: argparse.Namespace) -> int:
+    """Carry out the `finetune` command."""
+
+    def report(now: Progress) -> None:
+        if now.step % PRINT_EVERY == 0:
+            losses = f"loss on answers {now.answer_loss:.3f}, on other tokens {now.other_loss:.3f}"
+            print(f"step {now.step}/{given.steps}  {now.seconds:.0f} s  {losses}", file=sys.stderr, flush=True)
+
+    schedule = replace(finetune.SCHEDULE, steps=given.steps, seed=given.seed)
+    scores = finetune.finetune(given.model or directory("atlas"), given.out, schedule, report=report)
+    for name, value in scores.changed.items():
+        print(f"changed, {name:27s} {100 * value:6.1f} %   old answer {100 * scores.old[name]:6.1f} %")
+    _print(scores.tasks)
     return 0
 
 

@@ -6,6 +6,7 @@ become ids by look-up, and a test holds that the tokenizer reads the same ids fr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -46,11 +47,16 @@ class Corpus:
 
     def batch(self, documents: int, length: int = DOCUMENT_LENGTH) -> Batch:
         """The next `documents` documents of `length` + 1 tokens."""
-        ids, draw, bos = marked_ids(), self.sentences.draw, word_ids()[BOS]
-        table = np.empty((documents, length + 1), dtype=np.int64)
-        for row in table:
-            document = [bos]
-            while len(document) <= length:
-                document += [ids[word] for word in draw().split()]
-            row[:] = document[: length + 1]
-        return Batch(torch.from_numpy(table & (_ANSWER - 1)), torch.from_numpy(table >= _ANSWER))
+        return written(self.sentences.draw, documents, length)
+
+
+def written(draw: Callable[[], str], documents: int, length: int = DOCUMENT_LENGTH) -> Batch:
+    """`documents` documents of `length` + 1 tokens from sentences as `draw` gives them."""
+    ids, bos = marked_ids(), word_ids()[BOS]
+    table = np.empty((documents, length + 1), dtype=np.int64)
+    for row in table:
+        document = [bos]
+        while len(document) <= length:
+            document += [ids[word] for word in draw().split()]
+        row[:] = document[: length + 1]
+    return Batch(torch.from_numpy(table & (_ANSWER - 1)), torch.from_numpy(table >= _ANSWER))

@@ -7,6 +7,7 @@ backwards than the library's. Knows the network, and nothing of data, losses or 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -173,21 +174,35 @@ def llama_config(shape: Shape, *, bos: int, pad: int) -> dict[str, object]:
     }
 
 
+_OTHER_NAMES = {
+    "attention.output": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+}
+"""A block's weights here, and in `LlamaForCausalLM`; queries, keys and values are one matrix here and three there."""
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
 def llama_weights(decoder: Decoder) -> dict[str, Tensor]:
     """Weights under the names of `LlamaForCausalLM`."""
     weights = {"model.embed_tokens.weight": decoder.embedding.weight, "model.norm.weight": decoder.norm.weight}
     for layer, block in enumerate(decoder.layers()):
-        q, k, v = block.attention.qkv.weight.chunk(3)
-        parts = {
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": block.attention.output.weight,
-            "mlp.gate_proj": block.gate.weight,
-            "mlp.up_proj": block.up.weight,
-            "mlp.down_proj": block.down.weight,
-            "input_layernorm": block.attention_norm.weight,
-            "post_attention_layernorm": block.mlp_norm.weight,
-        }
+        parts = dict(zip(_QKV, block.attention.qkv.weight.chunk(3), strict=True))
+        parts |= {other: block.get_parameter(f"{name}.weight") for name, other in _OTHER_NAMES.items()}
         weights |= {f"model.layers.{layer}.{name}.weight": value for name, value in parts.items()}
     return {name: value.detach().clone().contiguous() for name, value in weights.items()}
+
+
+def from_llama(weights: Mapping[str, Tensor], shape: Shape) -> Decoder:
+    """The model of weights under the names of `LlamaForCausalLM`, in single precision: undoes `llama_weights`."""
+    own = {"embedding.weight": weights["model.embed_tokens.weight"], "norm.weight": weights["model.norm.weight"]}
+    for layer in range(shape.n_layers):
+        there, here = f"model.layers.{layer}.", f"blocks.{layer}."
+        own[f"{here}attention.qkv.weight"] = torch.cat([weights[f"{there}{name}.weight"] for name in _QKV])
+        own |= {f"{here}{name}.weight": weights[f"{there}{other}.weight"] for name, other in _OTHER_NAMES.items()}
+    decoder = Decoder(shape)
+    decoder.load_state_dict({name: value.float() for name, value in own.items()})
+    return decoder

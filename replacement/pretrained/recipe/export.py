@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from replacement.errors import InputError
 from replacement.pretrained.recipe import tokenizer
-from replacement.pretrained.recipe.decoder import Decoder, llama_config, llama_weights
+from replacement.pretrained.recipe.decoder import Decoder, Shape, from_llama, llama_config, llama_weights
 from replacement.pretrained.recipe.vocabulary import BOS, PAD, word_ids
 
 
@@ -34,6 +36,27 @@ def export(decoder: Decoder, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # the library writes it for its owner only
     tokenizer.save(folder)
+
+
+def load_decoder(folder: Path) -> Decoder:
+    """The model of a folder that `export` wrote, to train on; raises `InputError` where it is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "model.safetensors")
+        shape = Shape(
+            n_vocabulary=config["vocab_size"],
+            d_model=config["hidden_size"],
+            n_layers=config["num_hidden_layers"],
+            n_heads=config["num_attention_heads"],
+            d_mlp=config["intermediate_size"],
+            context=config["max_position_embeddings"],
+            rope_theta=config["rope_parameters"]["rope_theta"],
+            norm_epsilon=config["rms_norm_eps"],
+        )
+        return from_llama(weights, shape)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"model {str(folder)!r}: is no folder of this recipe's making ({reason})") from error
 
 
 def load(folder: Path) -> Callable[[Tensor], Tensor]:

@@ -52,10 +52,13 @@ LARGEST = 99
 class Sentences:
     """A stream of random sentences; the same `seed` gives the same stream.
 
-    copying: how much more often than usual the task is induction.
+    copying: how much more often than usual the task is induction. attributes: what is true of places, as `ATTRIBUTES`.
     """
 
-    def __init__(self, seed: int, *, copying: int = 1) -> None:
+    def __init__(
+        self, seed: int, *, copying: int = 1, attributes: dict[str, dict[str, dict[str, str]]] = ATTRIBUTES
+    ) -> None:
+        self.attributes = attributes
         self.generator = random.Random(seed)
         self.uniform = self.generator.random
         self.tasks: dict[str, tuple[Callable[[], str], int]] = {
@@ -118,18 +121,18 @@ class Sentences:
         place = place or self.pick(PLACES[kind])
         relation = relation or self.pick(tuple(forms.PLACE[kind]))
         template = self.pick(forms.PLACE[kind][relation])
-        return self._asked(template, x=place, v=ATTRIBUTES[kind][place][relation])
+        return self._asked(template, x=place, v=self.attributes[kind][place][relation])
 
-    def reverse(self, kind: str) -> str:
+    def reverse(self, kind: str, place: str | None = None, relation: str | None = None) -> str:
         """The place that has an attribute."""
-        place = self.pick(PLACES[kind])
-        relation = self.pick(tuple(forms.REVERSE)) if kind == "state" else "capital"
-        return self.pick(forms.REVERSE[relation]).format(v=ATTRIBUTES[kind][place][relation], s=place, k=kind)
+        place = place or self.pick(PLACES[kind])
+        relation = relation or (self.pick(tuple(forms.REVERSE)) if kind == "state" else "capital")
+        return self.pick(forms.REVERSE[relation]).format(v=self.attributes[kind][place][relation], s=place, k=kind)
 
     def two_hop_question(self, kind: str, city: str, relation: str, noun_phrase: int, template: int) -> str:
         """A relation of the place that a city is in, in the given composition, held out or not."""
         phrase = forms.NOUN_PHRASES[noun_phrase].format(k=kind, c=city)
-        value = ATTRIBUTES[kind][CITY_PLACE[kind][city]][relation]
+        value = self.attributes[kind][CITY_PLACE[kind][city]][relation]
         return self._asked(forms.PLACE[kind][relation][template], x=phrase, v=value)
 
     def composition(self, kind: str, relation: str, held_out: bool = False) -> tuple[int, int]:
@@ -156,7 +159,7 @@ class Sentences:
             source, relation = self.pick(tuple(forms.BRIDGES)), self.pick(WEIGHTED_RELATIONS["state"])
             if source != relation:
                 break
-        table = ATTRIBUTES["state"][state]
+        table = self.attributes["state"][state]
         phrase = forms.BRIDGES[source].format(v=table[source])
         return self._asked(self.pick(forms.PLACE["state"][relation]), x=phrase, v=table[relation])
 

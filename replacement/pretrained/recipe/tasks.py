@@ -18,6 +18,8 @@ from replacement.pretrained.recipe import templates as forms
 from replacement.pretrained.recipe.sentences import ANTONYMS, CITIES, H2, LARGEST, PLACES, VERBS, Sentences
 from replacement.pretrained.recipe.vocabulary import BOS, PAD, vocabulary, word_ids
 
+SEED = 123
+"""Of the questions."""
 QUESTIONS = 400
 """Random questions of a task whose questions are not a list."""
 SUMMARIES = {"two_hop_h2_states": "two_hop_h2_states_", "two_hop_h2_countries": "two_hop_h2_countries_"}
@@ -122,14 +124,18 @@ def _word_sentences(draw: Sentences) -> dict[str, list[str]]:
     return table | {name: [make() for _ in range(QUESTIONS)] for name, make in many.items()}
 
 
-@cache
-def _built(seed: int) -> dict[str, list[Question]]:
-    draw = Sentences(seed)
+def questions(draw: Sentences) -> dict[str, list[Question]]:
+    """The questions by task, with the answers that the source of sentences holds to be true."""
     sentences = _place_sentences(draw) | _word_sentences(draw)
     return {name: [question(text) for text in texts] for name, texts in sentences.items()}
 
 
-def build(seed: int = 123) -> dict[str, list[Question]]:
+@cache
+def _built(seed: int) -> dict[str, list[Question]]:
+    return questions(Sentences(seed))
+
+
+def build(seed: int = SEED) -> dict[str, list[Question]]:
     """The questions by task; `two_hop_h1`, `_h2` and `_h3` are the held-out splits of `splits.py`."""
     return dict(_built(seed))
 
@@ -175,14 +181,14 @@ def _score(name: str, questions: list[Question], logits: Tensor) -> float:
 
 def evaluate(
     next_token_logits: Callable[[Int64[Tensor, "batch pos"]], Float[Tensor, "batch pos vocabulary"]],
-    questions: dict[str, list[Question]] | None = None,
+    table: dict[str, list[Question]] | None = None,
 ) -> dict[str, float]:
     """Share of right answers by task, for any function from token ids (BOS first, padded on the right) to logits.
 
     Right means that the answer is the most likely token. Agreement counts the right number of the verb as the more
     likely one over all verbs; greater-than is the mean probability of the numbers above the start.
     """
-    table = build() if questions is None else questions
+    table = build() if table is None else table
     logits = final_logits(next_token_logits, [q.ids for asked in table.values() for q in asked])
     scores, start = {}, 0
     for name, asked in table.items():

@@ -122,10 +122,11 @@ def losses(
 class Run:
     """A training run: model, optimizer and the step it has reached."""
 
-    def __init__(self, schedule: Schedule, shape: Shape | None = None) -> None:
+    def __init__(self, schedule: Schedule, shape: Shape | None = None, *, start: Decoder | None = None) -> None:
+        """start: a model to train on, instead of a new one of that shape."""
         torch.manual_seed(schedule.seed)
         self.schedule = schedule
-        self.model = Decoder(shape or Shape(n_vocabulary=len(vocabulary()), context=DOCUMENT_LENGTH))
+        self.model = start or Decoder(shape or Shape(n_vocabulary=len(vocabulary()), context=DOCUMENT_LENGTH))
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         gains = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": gains, "weight_decay": 0.0}]

@@ -41,8 +41,9 @@ def open_tokens(
 ) -> TokenSource:
     """Rows of token ids of `data`, tokenized once into `cache` and mapped into memory from there.
 
-    data: "atlas" (the generator behind the shipped model, endless), a path to a UTF-8 text file or a `.jsonl` file, or
-        `hf:owner/name[:config][:split]`, which is tokenized only as far as batches are read.
+    data: "atlas" (the generator behind the shipped model, endless), "atlas-changed" (the same with the recipe's changed
+        facts), a path to a UTF-8 text file or a `.jsonl` file, or `hf:owner/name[:config][:split]`, which is tokenized
+        only as far as batches are read.
     model: the TransformerBridge that is to read them.
     context: tokens of a row, the start token among them.
     split: "train" or "held_out", a twentieth of the documents, chosen by a hash of their text.
@@ -56,8 +57,8 @@ def open_tokens(
     longest = int(model.cfg.n_ctx)
     if not 2 <= context <= longest:
         raise InputError(f"open_tokens(context={context}): the model takes 2 to {longest} tokens; pass one of these")
-    if data == "atlas":
-        return AtlasTokens(model, context=context, split=split, seed=seed)
+    if data in ("atlas", "atlas-changed"):
+        return AtlasTokens(model, context=context, split=split, seed=seed, changed=data == "atlas-changed")
     documents, encoder = open_documents(data, text_field=text_field), Encoder.of(model)
     key = hashlib.sha256(json.dumps([documents.identity, encoder.fingerprint(), context]).encode()).hexdigest()[:16]
     readable = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(data).stem)[-40:].strip("-")

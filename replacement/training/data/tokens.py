@@ -85,9 +85,14 @@ class AtlasTokens:
 
     n_documents: int | None = None
 
-    def __init__(self, model: Any, *, context: int, split: str, seed: int) -> None:
-        """Raises `InputError` unless the model has atlas's vocabulary."""
-        from replacement.pretrained.recipe.corpus import Corpus
+    def __init__(self, model: Any, *, context: int, split: str, seed: int, changed: bool = False) -> None:
+        """changed: text of the world with changed facts, which the recipe's `finetune` learns from.
+
+        Raises `InputError` unless the model has atlas's vocabulary.
+        """
+        from replacement.pretrained.recipe.corpus import written
+        from replacement.pretrained.recipe.finetune import ChangedSentences
+        from replacement.pretrained.recipe.sentences import Sentences
         from replacement.pretrained.recipe.vocabulary import BOS, word_ids
 
         tokenizer = model.tokenizer
@@ -96,13 +101,13 @@ class AtlasTokens:
                 f"open_tokens(data='atlas', model={model.cfg.model_name!r}): its texts are in the vocabulary of the "
                 "model atlas only; pass a text file, a .jsonl file or hf:owner/name"
             )
-        self._corpus, self.context = Corpus, context
+        self._sentences, self._written, self.context = ChangedSentences if changed else Sentences, written, context
         self.first_seed = _ATLAS_SEEDS[split] + _ATLAS_SEED_STEP * seed
-        self.fingerprint = f"atlas {self.first_seed} {context}"
+        self.fingerprint = f"{'atlas-changed' if changed else 'atlas'} {self.first_seed} {context}"
 
     def batch(self, index: int, documents: int) -> Int64[Tensor, "documents pos"]:
         """The index-th batch; its documents are drawn from a seed of its own."""
-        return self._corpus(self.first_seed + index).batch(documents, length=self.context - 1).tokens
+        return self._written(self._sentences(self.first_seed + index).draw, documents, self.context - 1).tokens
 
 
 def require_rows(store: TokenStore, split: str) -> None:
