@@ -69,9 +69,8 @@ def main() -> None:
 
 
 def _saes(bridge: Any, site: str, given: argparse.Namespace) -> DictionarySet:
-    config = TrainingConfig(
-        kind="sae", site=site, n_features=given.features, k=given.k, tokens=given.tokens, start="samples"
-    )
+    settings = {"n_features": given.features, "k": given.k, "tokens": given.tokens}
+    config = TrainingConfig(kind="sae", site=site, start="samples", learning_rate=5e-3, **settings)
     return run(
         bridge, model="atlas", data="atlas", config=config, out=given.work / site, context=63, show_progress=False
     ).dictionaries
@@ -117,7 +116,7 @@ def _draw(curves: dict[tuple[str, str, bool], list[Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharex=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharex=True)
     colours = dict(zip(dict.fromkeys(name for name, _, _ in curves), ("C0", "C1", "C2", "C3"), strict=True))
     for (name, method, errors), curve in curves.items():
         if method != "ig":
@@ -130,8 +129,8 @@ def _draw(curves: dict[tuple[str, str, bool], list[Any]], path: Path) -> None:
         axis.set(xscale="log", xlabel="nodes in the circuit", title=title)
         axis.axhline(0, color="grey", linewidth=0.5)
         axis.axhline(1, color="grey", linewidth=0.5)
-    axes[0].legend(fontsize=7)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncol=4, loc="lower center")
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
     figure.savefig(path, dpi=130)
 
 

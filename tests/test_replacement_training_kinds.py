@@ -218,3 +218,23 @@ def test_activations_that_are_not_finite_stop_a_run_with_the_site_and_the_step(t
 def test_unknown_settings_are_named() -> None:
     with pytest.raises(InputError, match="does not know n_feature; known: bandwidth, batch_tokens"):
         TrainingConfig.from_mapping({"n_feature": 8})
+
+
+@pytest.mark.parametrize("begin", ["random", "samples"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_start_overshoots_on_tokens_that_are_much_alike(kind: str, begin: str) -> None:
+    """Features sampled from few clusters nearly coincide; k of them at full length would overshoot k times."""
+
+    class Alike(Planted):
+        def batch(self, index: int) -> Activations:
+            generator = torch.Generator().manual_seed(1000 + index)
+            which = torch.randint(4, (self.tokens,), generator=generator)
+            noise = 0.1 * torch.randn(self.tokens, WIDTH, generator=generator)
+            return {name: 3 * directions[which] + noise for name, directions in self.directions.items()}
+
+    given = config(kind, k=16, start=begin)
+    source = Alike(plans(given, N_LAYERS))
+    trainee = Trainee(plans(given, N_LAYERS), source.batch(0), given)
+    with torch.no_grad():
+        found = trainee(source.batch(1), generator=torch.Generator().manual_seed(0), memory=0.0)
+    assert found.fvu.max() < 10

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from replacement.training.clusters import Detectors, cluster_detectors
 
-_SMALL = 0.1  # norm of a random decoder row of a dictionary that does not write where it reads
+_SMALL = 0.1
+"""Norm of decoder rows that start at tokens, which are much alike: k of them at full length overshoot k times; and of
+random rows of a dictionary that does not write where it reads.
+"""
 
 
 def _random(x: Tensor, y: Tensor, sizes: list[int], same: bool, generator: torch.Generator) -> Detectors:
@@ -34,7 +37,7 @@ def _samples(x: Tensor, y: Tensor, sizes: list[int], same: bool, generator: torc
     chosen = torch.randint(len(x), (n,), generator=generator)
     rows = torch.nn.functional.normalize(x[chosen] - x.mean(0), dim=1)
     written = torch.nn.functional.normalize(y[chosen] - y.mean(0), dim=1)
-    return Detectors(rows, -rows @ x.mean(0), written if same else _SMALL * written)
+    return Detectors(rows, -rows @ x.mean(0), _SMALL * written)
 
 
 def _clusters(x: Tensor, y: Tensor, sizes: list[int], same: bool, generator: torch.Generator) -> Detectors:
