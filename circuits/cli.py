@@ -23,6 +23,7 @@ COMMANDS = {
     "show": "summarise a stored graph in words",
     "prune": "keep what matters of a stored graph",
     "export": "write a stored graph in other formats",
+    "heads": "split a stored graph's edges by the attention head that carried them",
     "train": "train dictionaries of any kind for a model",
     "eval": "measure how good dictionaries are",
     "diff-models": "compare a model with a fine-tuned one, feature by feature",

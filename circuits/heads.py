@@ -9,15 +9,20 @@ who split edges between neighbouring layers by head; frozen patterns only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialize
 from scipy.sparse import csr_array
 from torch import Tensor
 
 from circuits.targets import Spec, Target, as_specs, reads, resolve
+from graphs.files import whole_file
 from graphs.graph import AttributionGraph, NodeKind
 from replacement.contributions import enter
 from replacement.errors import InputError
@@ -37,9 +42,25 @@ class HeadLoadings(NamedTuple):
     loadings: csr_array  #: [n_edges, n_layers * n_heads + 1]: layer-major heads, the last column without attention
     n_heads: int
 
-    def column(self, layer: int, head: int) -> int:
-        """Where a head stands."""
-        return layer * self.n_heads + head
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the loadings to a safetensors file, as CSR beside the edges' nodes, whole or not at all."""
+        tensors = {"target": self.target, "source": self.source, "loadings.values": self.loadings.data}
+        tensors |= {"loadings.indices": self.loadings.indices, "loadings.indptr": self.loadings.indptr}
+        tensors |= {"n_heads": np.array([self.n_heads]), "shape": np.array(self.loadings.shape)}
+        with whole_file(path, call="save") as draft:
+            draft.write_bytes(serialize({name: np.ascontiguousarray(value) for name, value in tensors.items()}))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> HeadLoadings:
+        """Read what `save` wrote; raises InputError for any other file."""
+        try:
+            stored = load_file(path)
+            values = tuple(stored[f"loadings.{name}"] for name in ("values", "indices", "indptr"))
+            loadings = csr_array(values, shape=tuple(stored["shape"].tolist()))
+            return cls(stored["target"], stored["source"], loadings, int(stored["n_heads"][0]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"load(path={str(path)!r}): holds no head loadings ({reason}); split again") from error
 
     def top(self, edge: int, *, k: int = 3) -> list[tuple[int, int, float]]:
         """The k largest loadings of an edge as (layer, head, value), largest size first; (-1, -1) is no attention."""

@@ -375,3 +375,17 @@ def test_every_command_takes_json():
     top = cli.parser()
     commands = next(action for action in top._actions if isinstance(action, argparse._SubParsersAction)).choices
     assert all("--json" in command.format_help() for command in commands.values())
+
+
+def test_heads_split_a_stored_graph(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*TRACE, "-o", "out", "--format", "native"]) == 0
+    capsys.readouterr()
+    command = ["heads", "out/graph.safetensors", "--dictionaries", "dicts", "-o", "heads.safetensors"]
+    assert cli.main([*command, "--json", "--edges", "3"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["edges"]) == 3 and Path(answer["file"]).is_file()
+    for edge in answer["edges"]:
+        assert edge["heads"][0]["head"] is None or edge["heads"][0]["head"].startswith("L")
+    assert cli.main([*command, "--edges", "2"]) == 0
+    assert "the parts add up to the weight" in capsys.readouterr().out
+    assert cli.main([*command, "--edges", "0"]) == 2

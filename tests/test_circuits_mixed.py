@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from circuits import attribute
-from circuits.heads import head_loadings
+from circuits.heads import HeadLoadings, head_loadings
 from circuits.intervention import intervene
 from graphs.graph import PLACES
 from replacement import ReplacementModel
@@ -253,6 +253,19 @@ def test_head_loadings_add_up_to_the_edges(mixed_model, family, mix, rule):
     moved = graph.nodes.position[split.target] != graph.nodes.position[split.source]
     assert moved.any()
     assert not split.loadings[moved][:, [-1]].toarray().any(), "nothing but attention moves between positions"
+
+
+def test_stored_head_loadings_are_read_again(mixed_model, tmp_path):
+    model = mixed_model("llama", "mixed")
+    split = head_loadings(model, graph_of(model, RULES["relp"]), edges=range(9))
+    split.save(tmp_path / "heads.safetensors")
+    again = HeadLoadings.load(tmp_path / "heads.safetensors")
+    np.testing.assert_array_equal(again.loadings.toarray(), split.loadings.toarray())
+    np.testing.assert_array_equal(again.target, split.target)
+    assert again.n_heads == 4
+    (tmp_path / "bad").write_bytes(b"no")
+    with pytest.raises(InputError, match="holds no head loadings"):
+        HeadLoadings.load(tmp_path / "bad")
 
 
 def test_head_loadings_are_what_a_head_alone_carries(mixed_model):
