@@ -25,7 +25,7 @@ def toy(tiny_folder) -> list[str]:
 
 
 def test_every_example_has_its_test():
-    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03"]
+    assert [path.name[:2] for path in EXAMPLES] == ["01", "02", "03", "04"]
 
 
 def test_trace_and_read_back(toy: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -51,3 +51,11 @@ def test_intervene(toy: list[str], capsys: pytest.CaptureFixture[str]):
     assert len(said) == 5
     influence = [float(line.split()[0]) for line in said[2:]]
     assert influence == sorted(influence, reverse=True)
+
+
+def test_sparse_feature_circuit(toy: list[str], capsys: pytest.CaptureFixture[str]):
+    _main(4)([*toy[1:], "--pair", "w3 w14 w15", "w3 w20 w15", "--answers", "w7", "w8"])
+    said = capsys.readouterr().out.splitlines()
+    effects = [abs(float(line.split()[0])) for line in said[1:9]]
+    assert effects == sorted(effects, reverse=True)
+    assert [int(line.split()[0]) for line in said[-4:]] == [3, 10, 30, 100]
