@@ -216,5 +216,5 @@ def test_activations_that_are_not_finite_stop_a_run_with_the_site_and_the_step(t
 
 
 def test_unknown_settings_are_named() -> None:
-    with pytest.raises(InputError, match="does not know n_feature; known: bandwidth, batch_tokens"):
+    with pytest.raises(InputError, match="does not know n_feature; known: balance_weight, bandwidth"):
         TrainingConfig.from_mapping({"n_feature": 8})

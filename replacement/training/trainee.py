@@ -159,6 +159,7 @@ class Trainee(nn.Module):
             b_dec=b_dec / out[:, None],
             W_skip=skip,
             activation=exported.activation,
+            encoding=coder.scheme.export(into),
         )
         return kinds.build(coder.plan, weights)
 

@@ -51,7 +51,7 @@ def select_above(
 ) -> ActiveSet:
     """`select(preselect(x, W_enc, b_enc), threshold)` without ever holding all pre-activations."""
     size, found = len(W_enc), []
-    for start, pre, _ in _Product(x, W_enc, b_enc).chunks():
+    for start, pre, _ in _Product(x, W_enc, b_enc, bounded=False).chunks():
         found.append(at_least(as_bits(pre), level_above(threshold, len(pre), x.device)) + start * size)
     return active_at(in_order(found, len(x) * size), len(x), size)
 
@@ -134,9 +134,11 @@ class _Rounded(NamedTuple):
 class _Product:
     """`x W_enc^T + b_enc` in bfloat16, some tokens at a time, in one piece of memory."""
 
-    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, *, bounded: bool = True) -> None:
+        """bounded: whether the margins that chunks come with bound anything; where not, they are zero and cost nothing."""
         dtype = torch.bfloat16 if multiplies_bfloat16(x.device) else torch.float32
-        self.x, self.W, self.b = _rounded(x, dtype), _rounded(W_enc, dtype), b_enc.to(dtype)
+        rounded = _rounded if bounded else _unbounded
+        self.x, self.W, self.b = rounded(x, dtype), rounded(W_enc, dtype), b_enc.to(dtype)
         self.norm, self.error = self.W.norm.max(), self.W.error.max()
         self.b_error = (self.b - b_enc).abs().max()
         self.tokens = max(_CHUNK_TOKENS, _CHUNK // len(W_enc))
@@ -165,6 +167,11 @@ def _rounded(rows: Tensor, dtype: torch.dtype) -> _Rounded:
     pieces = zip(rows.split(_PIECE), rounded.split(_PIECE), strict=True)  # small enough for the cache
     error = torch.cat([(piece - short.to(piece.dtype)).norm(dim=1) for piece, short in pieces]).float()
     return _Rounded(rounded, norm, error + norm * (rows.shape[1] * 2.0**-24))
+
+
+def _unbounded(rows: Tensor, dtype: torch.dtype) -> _Rounded:
+    zeros = rows.new_zeros(len(rows))
+    return _Rounded(rows.to(dtype), zeros, zeros)
 
 
 def _floor(level: Float[Tensor, " rows"]) -> tuple[Int16[Tensor, "rows 1"], Bool[Tensor, " rows"]]:

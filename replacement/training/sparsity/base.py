@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from replacement.activation import Activation
 from replacement.training.config import TrainingConfig
+from replacement.training.schemes import Scheme
 from replacement.training.sparse import ActiveSet, select_above
 
 _SMALLEST = 1e-6  # what counts as above zero in the bfloat16 choice
@@ -24,16 +25,29 @@ _SMALLEST = 1e-6  # what counts as above zero in the bfloat16 choice
 class Encoder(NamedTuple):
     """An encoder on scaled inputs, with the norms of what its features write."""
 
-    W_enc: Float[Tensor, "n_features d_in"]
-    b_enc: Float[Tensor, " n_features"]
+    W_enc: Float[Tensor, "rows d_in"]
+    b_enc: Float[Tensor, " rows"]
     norms: Float[Tensor, " n_features"]  #: of the decoder rows, all written sites together
+    scheme: Scheme  #: how features are made of rows
+
+    def above(self, x: Float[Tensor, "tokens d_in"], levels: Float[Tensor, " n_features"]) -> ActiveSet:
+        """Features whose pre-activation is above their level."""
+        return self.scheme.above(x, self.W_enc, self.b_enc, levels)
+
+    def top(self, x: Float[Tensor, "tokens d_in"], k: int) -> ActiveSet:
+        """The k features of each token with the largest pre-activations."""
+        return self.scheme.top(x, self.W_enc, self.b_enc, k)
+
+    def dense(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens n_features"]:
+        """Pre-activations of all features at few tokens."""
+        return self.scheme.dense(x, self.W_enc, self.b_enc)
 
 
 class Exported(NamedTuple):
     """The same encoder for the finished dictionary."""
 
-    W_enc: Float[Tensor, "n_features d_in"]
-    b_enc: Float[Tensor, " n_features"]
+    W_enc: Float[Tensor, "rows d_in"]
+    b_enc: Float[Tensor, " rows"]
     activation: Activation
     unit_rows: bool = True  #: whether it is meant for decoder rows of norm 1, so that activations are what is written
 
@@ -49,7 +63,7 @@ class Sparsity(nn.Module, abc.ABC):
         super().__init__()
         self.k, self.n_features = k, config.n_features
 
-    def prepare(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Float[Tensor, " n_features"]:
+    def prepare(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Float[Tensor, " rows"]:
         """Set the start on a sample of scaled inputs; returns the encoder bias to start from."""
         return encoder.b_enc
 
@@ -86,7 +100,7 @@ class Sparsity(nn.Module, abc.ABC):
 
     def levels(self, encoder: Encoder) -> Float[Tensor, " n_features"]:
         """The pre-activation above which each feature fires."""
-        return torch.zeros_like(encoder.b_enc)
+        return torch.zeros_like(encoder.norms)
 
     def fresh(self) -> dict[nn.Parameter, float]:
         """Its own parameters, one number a feature, with the value of a feature that starts again."""
