@@ -135,7 +135,7 @@ class _Product:
     """`x W_enc^T + b_enc` in bfloat16, some tokens at a time, in one piece of memory."""
 
     def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, *, bounded: bool = True) -> None:
-        """bounded: whether the margins that chunks come with bound anything; where not, they are zero and cost nothing."""
+        """bounded: whether margins are wanted; where not, they are zero and cost nothing."""
         dtype = torch.bfloat16 if multiplies_bfloat16(x.device) else torch.float32
         rounded = _rounded if bounded else _unbounded
         self.x, self.W, self.b = rounded(x, dtype), rounded(W_enc, dtype), b_enc.to(dtype)
