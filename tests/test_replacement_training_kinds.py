@@ -13,6 +13,7 @@ from replacement.errors import InputError
 from replacement.training import Activations, Trainee, TrainingConfig, plans, train
 from replacement.training.config import KINDS, PENALISED, SPARSITIES
 from replacement.training.kinds import Plan, sites
+from replacement.training.sparsity import topk
 
 WIDTH, TRUE_FEATURES, N_LAYERS, ACTIVE = 32, 64, 2, 4
 
@@ -173,6 +174,25 @@ def test_gradients_equal_those_of_dense_products(sparsity: str) -> None:
             total = total + (wanted - gate - rest.detach()).pow(2).mean()
     for name, a, b in zip(names, fast, torch.autograd.grad(total, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda words, name=name: f"{name}: {words}")
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+@pytest.mark.parametrize("before", [0.0, 0.5, 100.0])
+def test_the_running_threshold_is_found_a_few_tokens_at_a_time(before: float, floor: float, monkeypatch) -> None:
+    """It is the k * tokens-th largest of all that is written, with no matrix of all in memory."""
+    trainee, planted = start(config(floor=floor))
+    coder = next(iter(trainee))
+    x, held = trainee.read(coder, planted.batch(1)), []
+    pre, rows = F.linear(x, coder.W_enc, coder.b_enc).detach(), coder.sparsity._rows
+    coder.sparsity.peak.fill_(1.0)
+    written = torch.where(pre > floor, pre * coder.norms().detach(), 0.0).flatten()
+    linear = coder.scheme.dense
+    monkeypatch.setattr(coder.scheme, "dense", lambda x, *rest: held.append(len(x)) or linear(x, *rest))
+    monkeypatch.setattr(topk, "_CHUNK", 100 * 112)
+    coder.sparsity.threshold.fill_(before)
+    coder.calibrate(x)
+    assert coder.sparsity.threshold == written.sort(descending=True).values[ACTIVE * len(x) - 1]
+    assert max(held) == 100 < rows
 
 
 def test_layers_and_models_that_do_not_fit_are_named() -> None:

@@ -1,4 +1,4 @@
-"""Choosing the active features of many tokens: by threshold, the k largest of each token, the largest of a batch.
+"""Choosing the active features of many tokens: by threshold, or the k largest of each token.
 
 A bfloat16 product, a few tokens at a time, leaves few candidates: all that could be chosen, given a bound on its
 rounding errors. The exact values of those decide. Knows nothing of decoders and gradients.
@@ -30,7 +30,6 @@ _CHUNK_TOKENS = 128  # but of at least this many tokens, or the product slows do
 _RESULT = 2.0**-7  # bounds the relative error of rounding a result to bfloat16, twice over
 _PIECE = 512  # rows whose rounding errors are measured at once
 _NEVER = torch.iinfo(torch.int16).max
-_SAMPLE_TOKENS = 64  # what the level of a batch is guessed from
 
 
 def preselect(
@@ -86,41 +85,6 @@ def select_top(
     chosen = flat.index_select(0, _top_of_each(token, values, n_tokens, k))
     rest = _dense_top(x, W_enc, b_enc, k, torch.cat(hard))
     return active_at(torch.cat([chosen, rest]).sort().values if len(rest) else chosen, n_tokens, n_features)
-
-
-@torch.no_grad()
-def select_batch_top(
-    x: Float[Tensor, "tokens d_in"],
-    W_enc: Float[Tensor, "n_features d_in"],
-    b_enc: Float[Tensor, " n_features"],
-    k: int,
-    weight: Float[Tensor, " n_features"] | None = None,
-) -> ActiveSet:
-    """The k * tokens largest of `max(x . W_enc_i + b_enc_i, 0) weight_i` over the batch (BatchTopK, Bussmann et al.
-    2024).
-
-    weight: positive, e.g. decoder norms, so that features compare by what they write. Zeros are never chosen; where
-    fewer are positive, all of them are. Decided in float32.
-    """
-    n_tokens, n_features = len(x), len(W_enc)
-    if weight is not None:
-        W_enc, b_enc = W_enc * weight.unsqueeze(1), b_enc * weight
-    wanted = min(k, n_features) * n_tokens
-    if not wanted:
-        return active_at(torch.empty(0, dtype=torch.long, device=x.device), n_tokens, n_features)
-    sample = x[:: max(1, n_tokens // _SAMPLE_TOKENS)]
-    guess = preselect(sample, W_enc, b_enc).flatten().float()
-    share = 1.2 * wanted / (n_tokens * n_features)
-    while True:
-        rank = round(share * len(guess))
-        level = guess.kthvalue(len(guess) - rank + 1).values.clamp_min(0.0).item() if rank <= len(guess) else 0.0
-        flat, values = _reaching(x, W_enc, b_enc, level)
-        if len(flat) >= wanted or level == 0:
-            break
-        share *= 2
-    if len(flat) > wanted:
-        flat = flat[values.topk(wanted, sorted=False).indices].sort().values
-    return active_at(flat, n_tokens, n_features)
 
 
 class _Rounded(NamedTuple):
@@ -179,30 +143,6 @@ def _floor(level: Float[Tensor, " rows"]) -> tuple[Int16[Tensor, "rows 1"], Bool
     easy = level > 0
     bits = (level.float().contiguous().view(torch.int32) >> 16).to(torch.int16)
     return torch.where(easy, bits, _NEVER).to(torch.int16).unsqueeze(1), easy
-
-
-def _reaching(x: Tensor, W: Tensor, b: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Places in the flattened matrix, ascending, and exact values of positive pre-activations of `level` or more."""
-    n_features, found, hard = len(W), [], []
-    for start, pre, margin in _Product(x, W, b).chunks():
-        bound, easy = _floor((level - margin) * (1 - _RESULT))
-        found.append(at_least(as_bits(pre), bound) + start * n_features)
-        hard.append((~easy).nonzero().flatten() + start)
-    flat, rows = in_order(found, len(x) * n_features), torch.cat(hard)
-    token, feature = split_places(flat, n_features)
-    values = dots(x, W, token, feature) + b.index_select(0, feature)
-    parts = [(flat, values)]
-    for some in rows.split(max(1, _CHUNK // n_features)):
-        pre = torch.addmm(b, x[some], W.T)
-        row, feature = ((pre >= level) & (pre > 0)).nonzero().T
-        parts.append((some[row] * n_features + feature, pre[row, feature]))
-    flat, values = (torch.cat(each) for each in zip(*parts, strict=True))
-    keep = ((values >= level) & (values > 0)).nonzero().flatten()
-    flat, values = flat[keep], values[keep]
-    if len(rows):
-        flat, order = flat.sort()
-        values = values[order]
-    return flat, values
 
 
 def _dense_top(x: Tensor, W: Tensor, b: Tensor, k: int, rows: Int[Tensor, " rows"]) -> Int[Tensor, " entries"]:

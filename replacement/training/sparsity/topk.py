@@ -12,6 +12,8 @@ from replacement.training.sparse import ActiveSet
 from replacement.training.sparsity.base import Encoder, Exported, Sparsity
 
 _SAMPLE_ROWS = 128  # tokens whose pre-activations estimate the threshold
+_CHUNK = 1 << 20  # pre-activations held at once
+_LEAST = 1e-4  # of a threshold
 
 
 class TopKSparsity(Sparsity):
@@ -56,10 +58,27 @@ class BatchTopKSparsity(Sparsity):
 
     @torch.no_grad()
     def _threshold_for_k(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Tensor:
-        """The threshold on `a |d|` that k features a token pass on average, of those above their floor."""
+        """The threshold on `a |d|` that k features a token pass on average, of those above their floor.
+
+        Looked for among what is above half the running threshold, where that is enough; the answer is the same.
+        """
+        wanted = self.k * len(x)
+        for least in (self.threshold / 2, torch.zeros_like(self.threshold)):
+            near = torch.cat([self._written(piece, encoder, least) for piece in x.split(self._rows)])
+            if len(near) >= wanted:
+                return near.kthvalue(len(near) - wanted + 1).values.clamp_min(_LEAST)
+        return torch.full_like(self.threshold, _LEAST)
+
+    def _written(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder, least: Tensor) -> Float[Tensor, " entries"]:
+        """What features write, `a |d|`, where that is above `least` and they are above their floor."""
         pre = encoder.dense(x)
-        written = torch.where(pre > self.floor * self.peak, pre * encoder.norms, 0.0).flatten()
-        return written.kthvalue(written.numel() - self.k * len(x) + 1).values.clamp_min(1e-4)
+        written = pre * encoder.norms
+        return written[(written > least) & (pre > self.floor * self.peak) if self.floor else written > least]
+
+    @property
+    def _rows(self) -> int:
+        """Tokens whose pre-activations are held at once."""
+        return max(1, _CHUNK // self.n_features)
 
     def calibrate(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> None:
         self.threshold.copy_(self._threshold_for_k(x, encoder))
