@@ -316,6 +316,24 @@ def test_end_to_end_training_brings_the_replaced_model_to_the_original(bridging:
     assert divergence() < before / 2
 
 
+@pytest.mark.parametrize("sparsity", ["batchtopk", "relu"])
+def test_bridging_moves_thresholds_and_controllers_once_a_step(sparsity: str) -> None:
+    """The half replaced pass sees the same tokens again: what runs along with the steps is as without it."""
+    model, states = ToyModel(), []
+
+    def batch(index: int) -> TokenBatch:
+        drawn = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(index))
+        return TokenBatch(drawn, drawn > 6)
+
+    for weight in (0.0, 1.0):
+        trainee = trained(ToyModelSource(model), toy_config(tokens=64 * 5, k=2, sparsity=sparsity))
+        config = EndToEndConfig(steps=1, bridging_weight=weight)
+        train_end_to_end(model, trainee, batch, config=config, show_progress=False)
+        states.append(dict(trainee.named_buffers()))
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
 def test_a_stage_can_widen_one_layer_and_leave_the_others() -> None:
     """Only the listed layers move; widening ends their floor and changes k."""
     model = ToyModel()

@@ -190,8 +190,10 @@ def _update(
     if config.bridging_weight:
         drawn = torch.rand(len(trainee.written), generator=generator) < 0.5
         kept = frozenset(name for name, keep in zip(trainee.written, drawn.tolist(), strict=True) if keep)
-        mixed = _Forward(trainee, activations, config=config, generator=generator, kept=kept)
-        total = total + config.bridging_weight * _divergence(model.replaced(batch.tokens, where, mixed), wanted)
+        with trainee.unmoved():
+            mixed = _Forward(trainee, activations, config=config, generator=generator, kept=kept)
+            half = _divergence(model.replaced(batch.tokens, where, mixed), wanted)
+        total = total + config.bridging_weight * half
     if not torch.isfinite(total):
         raise InputError(
             f"train_end_to_end: the loss is not finite at step {step + 1}; lower learning_rate and go on from the last "

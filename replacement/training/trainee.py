@@ -7,6 +7,7 @@ optimisers, streams or models.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -133,6 +134,19 @@ class Trainee(nn.Module):
             coder.dead_loss(x, self.error_of(coder, errors), generator) for coder, x in zip(self, inputs, strict=True)
         ]
         return torch.stack(losses).sum()
+
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """A further pass over a batch that was seen already: running thresholds, penalty weights and firing counters
+        are put back after it.
+        """
+        before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        try:
+            yield
+        finally:
+            for name, buffer in self.named_buffers():
+                if not torch.equal(buffer, before[name]):  # autograd holds those that stay, such as scales
+                    buffer.copy_(before[name])
 
     @torch.no_grad()
     def calibrate(self, activations: Activations) -> None:
