@@ -334,6 +334,26 @@ def test_bridging_moves_thresholds_and_controllers_once_a_step(sparsity: str) ->
         assert torch.equal(tensor, states[1][name]), name
 
 
+@pytest.mark.parametrize("kind", ["transcoder", "clt"])
+def test_dead_features_are_revived_end_to_end_in_every_layer(kind: str) -> None:
+    """AuxK reaches those that write to several layers too: without it, what never fires would never move."""
+    model = ToyModel()
+    trainee = trained(ToyModelSource(model), toy_config(kind=kind, tokens=64 * 5, k=2))
+    for coder in trainee:
+        coder.since_fired[:10] = 1e6
+        with torch.no_grad():
+            coder.W_dec[:10] *= 1e-6  # writes too little to be chosen
+    before = [coder.W_dec[:10].detach().clone() for coder in trainee]
+
+    def batch(index: int) -> TokenBatch:
+        drawn = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(index))
+        return TokenBatch(drawn, drawn > 6)
+
+    train_end_to_end(model, trainee, batch, config=EndToEndConfig(steps=1), show_progress=False)
+    for coder, rows in zip(trainee, before, strict=True):
+        assert coder.is_dead()[:10].all() and not torch.equal(coder.W_dec[:10], rows)
+
+
 def test_a_stage_can_widen_one_layer_and_leave_the_others() -> None:
     """Only the listed layers move; widening ends their floor and changes k."""
     model = ToyModel()
