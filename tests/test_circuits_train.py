@@ -153,7 +153,7 @@ def test_a_bridge_that_is_replaced_by_its_own_values_is_unchanged(place: Path) -
     tokens = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
     where = torch.ones_like(tokens, dtype=torch.bool)
     logits, found = model.original(tokens, where)
-    assert {tensor.shape[0] for tensor in found.values()} == {2 * 8}
+    assert {tensor.shape[0] for tensor in found.values()} == {2 * 8} == {len(logits)}
 
     class Same:
         def read(self, name, x):
