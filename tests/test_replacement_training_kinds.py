@@ -143,6 +143,15 @@ def test_penalties_reach_the_wanted_l0(sparsity: str, penalty: str) -> None:
     assert sum(l0[-50:]) / 50 == pytest.approx(ACTIVE, rel=0.1)
 
 
+def test_the_weight_of_a_penalty_stays_bounded() -> None:
+    """Where k is out of reach for long, the weight is back in use soon after k is in reach again."""
+    penalised = next(iter(start(config(sparsity="relu"))[0])).sparsity
+    for fires, bound in ((1e6, 100.0), (0.0, 1e-5)):
+        for _ in range(2000):
+            penalised.controlled(torch.tensor(fires))
+        assert penalised.log_weight.exp().item() == pytest.approx(bound, rel=1e-3)
+
+
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_gradients_equal_those_of_dense_products(sparsity: str) -> None:
     """The loss of a skip transcoder with nested prefixes, written densely, has the same gradients."""

@@ -8,6 +8,7 @@ losses or optimisers.
 from __future__ import annotations
 
 import abc
+import math
 from typing import NamedTuple
 
 import torch
@@ -119,11 +120,13 @@ class Penalised(Sparsity):
     """A sparsity that a penalty brings about; a controller moves its weight until k features a token fire.
 
     `log weight += gain * e`, with `e = log(L0 / k)` cut to [-1, 1], and `damping * e` on top for the step itself: a
-    proportional-integral controller on the logarithm.
+    proportional-integral controller on the logarithm. The weight stays in [1e-5, 100], losses being about 1: where k is
+    out of reach it would run away, and be of no use when k comes into reach.
     """
 
     log_weight: Tensor  # []
     gain, damping = 0.03, 0.5
+    lowest, highest = 1e-5, 100.0
     first_weight = 0.03
 
     def __init__(self, config: TrainingConfig, k: int) -> None:
@@ -134,7 +137,7 @@ class Penalised(Sparsity):
         """The weight for a batch in which `fires` features a token fire; moves it where a training step is made."""
         error = (fires.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
         if torch.is_grad_enabled():
-            self.log_weight.add_(self.gain * error)
+            self.log_weight.add_(self.gain * error).clamp_(math.log(self.lowest), math.log(self.highest))
         return (self.log_weight + self.damping * error).exp()
 
 
