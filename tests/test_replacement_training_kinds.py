@@ -143,6 +143,19 @@ def test_penalties_reach_the_wanted_l0(sparsity: str, penalty: str) -> None:
     assert sum(l0[-50:]) / 50 == pytest.approx(ACTIVE, rel=0.1)
 
 
+@pytest.mark.parametrize("penalty", ["tanh", "quadratic"])
+def test_a_threshold_that_a_step_took_below_zero_still_learns(penalty: str) -> None:
+    """It fires wherever it is positive, and gets a gradient from the tokens near there, instead of none for good."""
+    trainee, planted = start(config(sparsity="jumprelu", penalty=penalty))
+    coder = next(iter(trainee))
+    with torch.no_grad():
+        coder.sparsity.threshold[:20] = -1.0
+    losses = trainee(planted.batch(1), generator=torch.Generator().manual_seed(0), memory=1.0)
+    (losses.reconstruction + losses.penalty).backward()
+    assert coder.sparsity.threshold.grad[:20].count_nonzero() > 10
+    assert (coder.sparsity.export(coder.encoder()).activation.threshold > 0).all()
+
+
 def test_the_weight_of_a_penalty_stays_bounded() -> None:
     """Where k is out of reach for long, the weight is back in use soon after k is in reach again."""
     penalised = next(iter(start(config(sparsity="relu"))[0])).sparsity
