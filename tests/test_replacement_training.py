@@ -231,6 +231,7 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
         ({"n_features": 30}, "multiple of 8"),
         ({"prefixes": (32, 16)}, "ascending sizes"),
         ({"prefixes": (64,)}, "leave n_features itself out"),
+        ({"prefixes": (63,)}, r"parts have \[63, 1\] features and the last must be the largest"),
         ({"k": 0}, "between 1 and n_features"),
         ({"tokens": 3}, "less than one batch"),
         ({"kind": "sea"}, "needs one of transcoder"),

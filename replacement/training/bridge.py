@@ -29,7 +29,7 @@ class ReplaceableBridge:
     def original(
         self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
     ) -> tuple[Float[Tensor, "chosen vocab"], Activations]:
-        """Logits at the positions in `where`, and activations at all sites, flattened; both without the first position."""
+        """Logits at the positions in `where`, and activations at all sites, flattened; without the first position."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 from replacement.errors import InputError
@@ -127,6 +128,12 @@ class TrainingConfig(Settings):
             raise InputError(
                 f"TrainingConfig(prefixes={self.prefixes}): needs ascending sizes in 1..{self.n_features - 1}; "
                 "leave n_features itself out"
+            )
+        sizes = [b - a for a, b in pairwise((0, *self.prefixes, self.n_features))]
+        if self.start == "clusters" and max(sizes) > sizes[-1]:
+            raise InputError(
+                f"TrainingConfig(start='clusters', prefixes={self.prefixes}): its parts have {sizes} features and the "
+                "last must be the largest, since the others merge its clusters; lower the last prefix"
             )
         if self.k == () or any(not 0 < k <= self.n_features for k in self._all_k):
             raise InputError(f"TrainingConfig(k={self.k}): needs between 1 and n_features = {self.n_features}")
