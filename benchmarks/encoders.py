@@ -153,6 +153,7 @@ def main() -> None:
             table.add_column(name, justify="left" if name == "encoder" else "right")
         for name, changes in ROWS:
             row = measure(TrainingConfig(**common, n_features=features, **changes), source, held_out)
+            print(f"{features} {name}: {row}", file=sys.stderr)
             busiest = "" if row.busiest is None else f"{row.busiest:.1%}"
             cells = f"{row.parameters:,}", f"{row.encode * 1e3:.1f}", f"{row.step * 1e3:.1f}", f"{row.fvu:.4f}"
             table.add_row(name, *cells, f"{row.l0:.1f}", f"{row.dead:.1%}", busiest)

@@ -12,9 +12,9 @@ from replacement import formats
 from replacement.dictionary import DictionarySet
 from replacement.encoding import Kronecker, Route, Switch
 from replacement.errors import InputError
-from replacement.training import Activations, Trainee, TrainingConfig, plans, train
+from replacement.training import Activations, Trainee, TrainingConfig, plans, schemes, train
 from replacement.training.config import KINDS
-from replacement.training.sparse import ActiveSet, pairs_above, pairs_top
+from replacement.training.sparse import ActiveSet, dense_pairs, encode_pairs, pairs_above, pairs_top
 from replacement.training.sparse.pairs import multiply
 from tests.test_replacement_training_kinds import ACTIVE, N_LAYERS, Planted, config, start, write_all
 
@@ -157,8 +157,6 @@ def test_values_of_pairs_pass_gradcheck() -> None:
     form, *tensors = kronecker(4, 3)
     x, W_enc, b_enc = (t.double().requires_grad_() for t in tensors)
     active: ActiveSet = pairs_top(x, W_enc, b_enc, 3, form)
-    from replacement.training.sparse import dense_pairs, encode_pairs
-
     assert torch.autograd.gradcheck(lambda *a: encode_pairs(*a, active, form), (x, W_enc, b_enc))
     dense = dense_pairs(x, W_enc, b_enc, None, form)
     torch.testing.assert_close(encode_pairs(x, W_enc, b_enc, active, form), dense[active.token, active.feature])
@@ -235,3 +233,28 @@ def test_an_untrained_switch_starts_as_wide_as_a_linear_encoder() -> None:
             trainee(source.batch(1), generator=torch.Generator().manual_seed(0), memory=0.0)
             fvu[encoder] = trainee(source.batch(1), generator=torch.Generator().manual_seed(0), memory=1.0).fvu.mean()
     assert fvu["switch"] < fvu["linear"] + 0.3
+
+
+def test_a_switch_multiplies_the_rows_of_one_expert_a_token_and_pairs_have_fewer_rows(monkeypatch) -> None:
+    """What they are for: a quarter of the products with 4 experts, 6 rows for 8 features with pairs 2 x 4."""
+    trainee, planted = start(given("switch"))
+    coder, multiplied = next(iter(trainee)), []
+    whole = schemes.select_above
+    monkeypatch.setattr(schemes, "select_above", lambda x, W, b: multiplied.append(len(x) * len(W)) or whole(x, W, b))
+    x = trainee.read(coder, planted.batch(1))
+    coder(x, generator=torch.Generator().manual_seed(0), memory=0.0)
+    assert sum(multiplied) == len(x) * 112 / 4
+    assert next(iter(start(given("kronecker"))[0])).W_enc.shape[0] == 112 * 6 / 8
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_a_resumed_run_equals_an_unbroken_one(encoder: str, tmp_path) -> None:
+    """Routers are part of the checkpoint; nothing of the new encoders lives outside of it."""
+    settings, ends = given(encoder, steps=8), []
+    planned = plans(settings, N_LAYERS)
+    source, path = Planted(planned), tmp_path / "run.safetensors"
+    train(source, planned, config=settings, checkpoint=path, stop_after=3, show_progress=False)
+    for checkpoint in (path, None):
+        trainee = train(source, planned, config=settings, checkpoint=checkpoint, show_progress=False)
+        ends.append(trainee.state_dict())
+    assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
