@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from replacement.training import dead as remedies
 from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan
-from replacement.training.sparse import ActiveSet, decode_active, encode_active
+from replacement.training.schemes import scheme
+from replacement.training.sparse import ActiveSet, decode_active
 from replacement.training.sparsity import Encoder, Exported, GatedSparsity, sparsity
 from replacement.training.starts import start
 
@@ -32,8 +33,8 @@ class Pass(NamedTuple):
 class Coder(nn.Module):
     """Encoder, decoder, optional skip and sparsity of one dictionary."""
 
-    W_enc: nn.Parameter  # [n_features, d_in], all read sites side by side
-    b_enc: nn.Parameter  # [n_features]
+    W_enc: nn.Parameter  # [rows, d_in], all read sites side by side; one row a feature in linear and switch encoders
+    b_enc: nn.Parameter  # [rows]
     W_dec: nn.Parameter  # [n_features, n_writes, d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
     since_fired: Tensor  # [n_features], tokens since a feature last fired
@@ -59,16 +60,18 @@ class Coder(nn.Module):
         self.plan = plan
         self.prefixes, self.same = config.prefixes, plan.reads == plan.writes
         self.dead, self.dead_k, self.dead_after = config.dead, config.dead_k, config.dead_after
+        self.scheme = scheme(config, x.shape[1])
         # clusters are of what a layer's own MLP does; what they are worth to later layers is for training to find
         own = y[:, :1] if plan.across and config.start == "clusters" else y
         rows = start(
             config.start,
             x,
             own.flatten(1),
-            prefixes=(*config.prefixes, config.n_features),
+            prefixes=(*config.prefixes, config.n_features) if not self.scheme.shares_rows else (self.scheme.n_rows,),
             same=self.same,
             generator=generator,
         )
+        rows = self.scheme.prepare(rows, x, generator)
         self.sparsity = sparsity(config, config.k_of(index, count))
         self.W_enc = nn.Parameter(rows.W_enc)
         W_dec = torch.zeros(config.n_features, *y.shape[1:])
@@ -91,25 +94,27 @@ class Coder(nn.Module):
 
     def encoder(self) -> Encoder:
         """The encoder as it is, without gradients."""
-        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.norms().detach())
+        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.norms().detach(), self.scheme)
 
     def forward(self, x: Float[Tensor, "tokens d_in"], *, generator: torch.Generator, memory: float) -> Pass:
         """Encode and decode scaled inputs; moves running thresholds (kept with weight `memory`) and firing counters."""
         active = self.sparsity.select(x, self.encoder(), generator=generator, memory=memory)
-        values = encode_active(x, self.W_enc, self.b_enc, active)
+        values = self.scheme.values(x, self.W_enc, self.b_enc, active)
         activations = self.sparsity.activations(values, active)
+        self._observe(activations.detach(), active)
+        if (weight := self.scheme.weight(x)) is not None:
+            activations = activations * weight[active.token]
         parts = decode_active(activations, self.W_dec.flatten(1), active, self.prefixes)
         gate = None
         if isinstance(self.sparsity, GatedSparsity):
             gate = decode_active(torch.relu(values), self.W_dec.detach().flatten(1), active, ())[:, 0]
             gate = gate.unflatten(1, self.W_dec.shape[1:])
-        penalty = self.sparsity.extra_loss(values, activations, active, self.norms())
-        self._observe(activations.detach(), active)
+        penalty = self.sparsity.extra_loss(values, activations, active, self.norms()) + self.scheme.extra_loss(x)
         return Pass(parts.unflatten(2, self.W_dec.shape[1:]), active, activations, penalty, gate)
 
     @torch.no_grad()
     def _observe(self, activations: Float[Tensor, " entries"], active: ActiveSet) -> None:
-        fired = torch.bincount(active.feature[activations != 0], minlength=len(self.b_enc)) > 0
+        fired = torch.bincount(active.feature[activations != 0], minlength=len(self.W_dec)) > 0
         self.since_fired.add_(active.n_tokens).masked_fill_(fired, 0)
         self.sparsity.observe(activations, active, fired)
 
@@ -133,10 +138,12 @@ class Coder(nn.Module):
         if len(dead) == 0:
             return error.new_zeros(())
         rows = torch.randperm(len(x), generator=generator)[: remedies.ROWS]
-        missed = error[rows].detach().flatten(1)
-        dead_rows = (self.W_enc[dead], self.b_enc[dead], self.W_dec[dead].flatten(1))
-        level = self.sparsity.levels(self.encoder())[dead]
-        return remedies.LOSSES[self.dead](remedies.Dead(*dead_rows, x[rows].detach(), missed, self.dead_k, level))
+        seen = x[rows].detach()
+        pre = self.scheme.dense(seen, self.W_enc, self.b_enc, dead)
+        if (weight := self.scheme.weight(seen)) is not None:
+            pre = pre * weight[:, None]
+        missed, level = error[rows].detach().flatten(1), self.sparsity.levels(self.encoder())[dead]
+        return remedies.LOSSES[self.dead](remedies.Dead(pre, self.W_dec[dead].flatten(1), missed, self.dead_k, level))
 
     @torch.no_grad()
     def resample(

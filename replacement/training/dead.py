@@ -28,23 +28,21 @@ _ENCODER_SHARE = 0.2  # norm of a resampled encoder row, in mean norms of the li
 class Dead(NamedTuple):
     """The dead features of one dictionary, with the tokens that are looked at."""
 
-    W_enc: Float[Tensor, "dead d_in"]
-    b_enc: Float[Tensor, " dead"]
+    pre: Float[Tensor, "rows dead"]  #: pre-activations, with gradients
     W_dec: Float[Tensor, "dead d_out"]
-    x: Float[Tensor, "rows d_in"]
     error: Float[Tensor, "rows d_out"]  #: what the living missed, a constant
     k: int
     level: Float[Tensor, " dead"]  #: pre-activation above which each fires
 
 
 def _auxk(dead: Dead) -> Tensor:
-    pre = F.relu(F.linear(dead.x, dead.W_enc, dead.b_enc))
+    pre = F.relu(dead.pre)
     least = pre.detach().topk(min(dead.k, pre.shape[1]), dim=1).values[:, -1:]
     return (dead.error - (pre * (pre >= least)) @ dead.W_dec).pow(2).mean()
 
 
 def _ghost(dead: Dead) -> Tensor:
-    fired = F.linear(dead.x, dead.W_enc, dead.b_enc).clamp_max(10.0).exp()
+    fired = dead.pre.clamp_max(10.0).exp()
     rebuilt = fired @ dead.W_dec
     size = dead.error.norm(dim=1, keepdim=True) / (2 * rebuilt.detach().norm(dim=1, keepdim=True) + 1e-8)
     loss = (dead.error - rebuilt * size).pow(2).mean()
@@ -52,8 +50,7 @@ def _ghost(dead: Dead) -> Tensor:
 
 
 def _preactivation(dead: Dead) -> Tensor:
-    pre = F.linear(dead.x, dead.W_enc, dead.b_enc)
-    return (F.relu(dead.level - pre) * dead.W_dec.norm(dim=1)).mean()
+    return (F.relu(dead.level - dead.pre) * dead.W_dec.norm(dim=1)).mean()
 
 
 LOSSES: dict[str, Callable[[Dead], Tensor]] = {"auxk": _auxk, "ghost": _ghost, "preactivation": _preactivation}

@@ -65,6 +65,7 @@ class _Forward:
         self.gates: dict[str, list[Tensor]] = {name: [] for name in trainee.written}
         self.inputs: list[tuple[Coder, Tensor]] = []
         self.losses: list[Tensor] = []
+        self.errors: dict[str, Tensor] = {}  # what was missed at the written hooks that the model has come by
         self.l0: list[Tensor] = []
         self.fvu: list[Tensor] = []
         self.shape: tuple[int, ...] = ()
@@ -90,10 +91,12 @@ class _Forward:
             alone = trainee.bias(name).detach() + torch.stack(self.gates[name]).sum(0)
             self.losses.append(self.config.reconstruction_weight * (wanted - alone).pow(2).mean())
         self.fvu.append(error[:, -1].detach().pow(2).sum() / (wanted - wanted.mean(0)).pow(2).sum().clamp_min(1e-12))
+        self.errors[name] = error[:, -1].detach()
         if self.config.aux_weight:
             for coder, x in self.inputs:
-                if coder.plan.writes == (name,):
-                    self.losses.append(self.config.aux_weight * coder.dead_loss(x, error[:, -1:], self.generator))
+                if coder.plan.writes[-1] == name:  # the model has come by all that it writes
+                    missed = self.trainee.error_of(coder, self.errors)
+                    self.losses.append(self.config.aux_weight * coder.dead_loss(x, missed, self.generator))
         if name in self.kept:
             return None
         return (out[:, -1] / trainee.scale_of(name)).view(*self.shape, -1)
@@ -190,8 +193,10 @@ def _update(
     if config.bridging_weight:
         drawn = torch.rand(len(trainee.written), generator=generator) < 0.5
         kept = frozenset(name for name, keep in zip(trainee.written, drawn.tolist(), strict=True) if keep)
-        mixed = _Forward(trainee, activations, config=config, generator=generator, kept=kept)
-        total = total + config.bridging_weight * _divergence(model.replaced(batch.tokens, where, mixed), wanted)
+        with trainee.unmoved():
+            mixed = _Forward(trainee, activations, config=config, generator=generator, kept=kept)
+            half = _divergence(model.replaced(batch.tokens, where, mixed), wanted)
+        total = total + config.bridging_weight * half
     if not torch.isfinite(total):
         raise InputError(
             f"train_end_to_end: the loss is not finite at step {step + 1}; lower learning_rate and go on from the last "

@@ -7,6 +7,7 @@ optimisers, streams or models.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -134,6 +135,19 @@ class Trainee(nn.Module):
         ]
         return torch.stack(losses).sum()
 
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """A further pass over a batch that was seen already: running thresholds, penalty weights and firing counters
+        are put back after it.
+        """
+        before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        try:
+            yield
+        finally:
+            for name, buffer in self.named_buffers():
+                if not torch.equal(buffer, before[name]):  # autograd holds those that stay, such as scales
+                    buffer.copy_(before[name])
+
     @torch.no_grad()
     def calibrate(self, activations: Activations) -> None:
         """Set what the finished activation functions need, on a sample of unscaled activations."""
@@ -159,6 +173,7 @@ class Trainee(nn.Module):
             b_dec=b_dec / out[:, None],
             W_skip=skip,
             activation=exported.activation,
+            encoding=coder.scheme.export(into),
         )
         return kinds.build(coder.plan, weights)
 

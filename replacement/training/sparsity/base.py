@@ -8,6 +8,7 @@ losses or optimisers.
 from __future__ import annotations
 
 import abc
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from replacement.activation import Activation
 from replacement.training.config import TrainingConfig
+from replacement.training.schemes import Scheme
 from replacement.training.sparse import ActiveSet, select_above
 
 _SMALLEST = 1e-6  # what counts as above zero in the bfloat16 choice
@@ -24,16 +26,29 @@ _SMALLEST = 1e-6  # what counts as above zero in the bfloat16 choice
 class Encoder(NamedTuple):
     """An encoder on scaled inputs, with the norms of what its features write."""
 
-    W_enc: Float[Tensor, "n_features d_in"]
-    b_enc: Float[Tensor, " n_features"]
+    W_enc: Float[Tensor, "rows d_in"]
+    b_enc: Float[Tensor, " rows"]
     norms: Float[Tensor, " n_features"]  #: of the decoder rows, all written sites together
+    scheme: Scheme  #: how features are made of rows
+
+    def above(self, x: Float[Tensor, "tokens d_in"], levels: Float[Tensor, " n_features"]) -> ActiveSet:
+        """Features whose pre-activation is above their level."""
+        return self.scheme.above(x, self.W_enc, self.b_enc, levels)
+
+    def top(self, x: Float[Tensor, "tokens d_in"], k: int) -> ActiveSet:
+        """The k features of each token with the largest pre-activations."""
+        return self.scheme.top(x, self.W_enc, self.b_enc, k)
+
+    def dense(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens n_features"]:
+        """Pre-activations of all features at few tokens."""
+        return self.scheme.dense(x, self.W_enc, self.b_enc)
 
 
 class Exported(NamedTuple):
     """The same encoder for the finished dictionary."""
 
-    W_enc: Float[Tensor, "n_features d_in"]
-    b_enc: Float[Tensor, " n_features"]
+    W_enc: Float[Tensor, "rows d_in"]
+    b_enc: Float[Tensor, " rows"]
     activation: Activation
     unit_rows: bool = True  #: whether it is meant for decoder rows of norm 1, so that activations are what is written
 
@@ -49,7 +64,7 @@ class Sparsity(nn.Module, abc.ABC):
         super().__init__()
         self.k, self.n_features = k, config.n_features
 
-    def prepare(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Float[Tensor, " n_features"]:
+    def prepare(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Float[Tensor, " rows"]:
         """Set the start on a sample of scaled inputs; returns the encoder bias to start from."""
         return encoder.b_enc
 
@@ -86,7 +101,7 @@ class Sparsity(nn.Module, abc.ABC):
 
     def levels(self, encoder: Encoder) -> Float[Tensor, " n_features"]:
         """The pre-activation above which each feature fires."""
-        return torch.zeros_like(encoder.b_enc)
+        return torch.zeros_like(encoder.norms)
 
     def fresh(self) -> dict[nn.Parameter, float]:
         """Its own parameters, one number a feature, with the value of a feature that starts again."""
@@ -105,11 +120,13 @@ class Penalised(Sparsity):
     """A sparsity that a penalty brings about; a controller moves its weight until k features a token fire.
 
     `log weight += gain * e`, with `e = log(L0 / k)` cut to [-1, 1], and `damping * e` on top for the step itself: a
-    proportional-integral controller on the logarithm.
+    proportional-integral controller on the logarithm. The weight stays in [1e-5, 100], losses being about 1: where k is
+    out of reach it would run away, and be of no use when k comes into reach.
     """
 
     log_weight: Tensor  # []
     gain, damping = 0.03, 0.5
+    lowest, highest = 1e-5, 100.0
     first_weight = 0.03
 
     def __init__(self, config: TrainingConfig, k: int) -> None:
@@ -120,7 +137,7 @@ class Penalised(Sparsity):
         """The weight for a batch in which `fires` features a token fire; moves it where a training step is made."""
         error = (fires.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
         if torch.is_grad_enabled():
-            self.log_weight.add_(self.gain * error)
+            self.log_weight.add_(self.gain * error).clamp_(math.log(self.lowest), math.log(self.highest))
         return (self.log_weight + self.damping * error).exp()
 
 

@@ -13,6 +13,7 @@ from replacement.training.sparsity.base import Encoder, Exported, Penalised, bia
 _START = 2.0  # times k features a token fire at the start
 _TANH_SCALE = 4.0  # c of Anthropic, January 2025
 _QUADRATIC_WEIGHT = 1.0
+_LOWEST = 0.05  # of a threshold, in bandwidths
 
 
 def _unit(encoder: Encoder) -> tuple[Tensor, Tensor]:
@@ -49,7 +50,8 @@ class JumpReLUSparsity(Penalised):
 
     Penalty "tanh": `sum tanh(4 a |d|)`, its weight moved by the controller (Anthropic, January 2025). "quadratic":
     `(L0 / k - 1)^2` of the batch. The step's derivative is a box of width `bandwidth` around the threshold, and flows
-    to the threshold and to the pre-activation, so to all parameters of the encoder.
+    to the threshold and to the pre-activation, so to all parameters of the encoder. A threshold is kept at a twentieth
+    of the bandwidth or more: its gradient is proportional to it, and at 0 it would be stuck.
     """
 
     threshold: nn.Parameter  # [n_features], float32, learned as it is: its logarithm hardly moves under Adam
@@ -65,28 +67,30 @@ class JumpReLUSparsity(Penalised):
         return bias_for(x, encoder, _START * self.k) + self.bandwidth
 
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
+        with torch.no_grad():
+            self.threshold.clamp_min_(_LOWEST * self.bandwidth)  # where the last step left it below
         return positive(x, encoder, self.bandwidth / 2 - self.threshold.detach())
 
     def levels(self, encoder: Encoder) -> Tensor:
-        return self.threshold.detach().clamp_min(0.0)
+        return self.threshold.detach().clamp_min(_LOWEST * self.bandwidth)
 
     def fresh(self) -> dict[nn.Parameter, float]:
         return {self.threshold: self.bandwidth}
 
     def activations(self, values: Tensor, active: ActiveSet) -> Tensor:
-        return _Jump.apply(values, self.threshold.clamp_min(0.0)[active.feature.long()], self.bandwidth)
+        return _Jump.apply(values, self.threshold[active.feature.long()], self.bandwidth)
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
         fires = (activations.detach() > 0).sum() / active.n_tokens
         if self.quadratic:
-            threshold = self.threshold.clamp_min(0.0)[active.feature.long()]
+            threshold = self.threshold[active.feature.long()]
             l0 = _Step.apply(values, threshold, self.bandwidth).sum() / active.n_tokens
             return _QUADRATIC_WEIGHT * (l0 / self.k - 1).square()
         written = activations * norms[active.feature.long()]
         return self.controlled(fires) * torch.tanh(_TANH_SCALE * written).sum() / (active.n_tokens * self.k)
 
     def export(self, encoder: Encoder) -> Exported:
-        threshold = self.threshold.detach().clamp_min(0.0) * encoder.norms
+        threshold = self.levels(encoder) * encoder.norms
         return Exported(*_unit(encoder), JumpReLU(threshold))
 
 

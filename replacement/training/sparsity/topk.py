@@ -5,21 +5,22 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from replacement.activation import BatchTopK, JumpReLU, TopK
+from replacement.activation import Activation, BatchTopK, JumpReLU, TopK
 from replacement.training.config import TrainingConfig
-from replacement.training.sparse import ActiveSet, select_above, select_top
+from replacement.training.sparse import ActiveSet
 from replacement.training.sparsity.base import Encoder, Exported, Sparsity
 
 _SAMPLE_ROWS = 128  # tokens whose pre-activations estimate the threshold
+_CHUNK = 1 << 20  # pre-activations held at once
+_LEAST = 1e-4  # of a threshold
 
 
 class TopKSparsity(Sparsity):
     """The k largest pre-activations of every token (Gao et al. 2024, without their ReLU)."""
 
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
-        return select_top(x, encoder.W_enc, encoder.b_enc, self.k)
+        return encoder.top(x, self.k)
 
     def export(self, encoder: Encoder) -> Exported:
         """Rows keep their length: which are the largest would change with it."""
@@ -46,8 +47,7 @@ class BatchTopKSparsity(Sparsity):
         rows = torch.randperm(len(x), generator=generator)[:_SAMPLE_ROWS]
         now = self._threshold_for_k(x[rows].detach(), encoder)
         self.threshold.copy_(now if self.threshold == 0 else memory * self.threshold + (1 - memory) * now)
-        levels = self.levels(encoder)
-        return select_above(x, encoder.W_enc / levels[:, None], encoder.b_enc / levels)
+        return encoder.above(x, self.levels(encoder))
 
     def levels(self, encoder: Encoder) -> Tensor:
         return torch.maximum(self.threshold / encoder.norms, self.floor * self.peak)
@@ -58,10 +58,27 @@ class BatchTopKSparsity(Sparsity):
 
     @torch.no_grad()
     def _threshold_for_k(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Tensor:
-        """The threshold on `a |d|` that k features a token pass on average, of those above their floor."""
-        pre = F.linear(x, encoder.W_enc, encoder.b_enc)
-        written = torch.where(pre > self.floor * self.peak, pre * encoder.norms, 0.0).flatten()
-        return written.kthvalue(written.numel() - self.k * len(x) + 1).values.clamp_min(1e-4)
+        """The threshold on `a |d|` that k features a token pass on average, of those above their floor.
+
+        Looked for among what is above half the running threshold, where that is enough; the answer is the same.
+        """
+        wanted = self.k * len(x)
+        for least in (self.threshold / 2, torch.zeros_like(self.threshold)):
+            near = torch.cat([self._written(piece, encoder, least) for piece in x.split(self._rows)])
+            if len(near) >= wanted:
+                return near.kthvalue(len(near) - wanted + 1).values.clamp_min(_LEAST)
+        return torch.full_like(self.threshold, _LEAST)
+
+    def _written(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder, least: Tensor) -> Float[Tensor, " entries"]:
+        """What features write, `a |d|`, where that is above `least` and they are above their floor."""
+        pre = encoder.dense(x)
+        written = pre * encoder.norms
+        return written[(written > least) & (pre > self.floor * self.peak) if self.floor else written > least]
+
+    @property
+    def _rows(self) -> int:
+        """Tokens whose pre-activations are held at once."""
+        return max(1, _CHUNK // self.n_features)
 
     def calibrate(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> None:
         self.threshold.copy_(self._threshold_for_k(x, encoder))
@@ -73,7 +90,11 @@ class BatchTopKSparsity(Sparsity):
             self.threshold.zero_()
 
     def export(self, encoder: Encoder) -> Exported:
-        """One threshold for all features, or with a floor one for each."""
+        """One threshold for all features; one for each with a floor, or where rows are shared and keep their length."""
+        if encoder.scheme.shares_rows:
+            levels = self.levels(encoder)
+            kept: Activation = JumpReLU(levels) if self.floor else BatchTopK(levels, self.k)
+            return Exported(encoder.W_enc, encoder.b_enc, kept, unit_rows=False)
         norms, activation = encoder.norms, BatchTopK(self.threshold.clone(), self.k)
         if self.floor:
             activation = JumpReLU(torch.maximum(self.threshold, self.floor * self.peak * norms))  # type: ignore[assignment]
