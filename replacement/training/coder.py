@@ -11,26 +11,31 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from replacement.activation import JumpReLU
 from replacement.training import dead as remedies
 from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan
+from replacement.training.parallel import Mesh
 from replacement.training.sparse import ActiveSet, decode_active, encode_active
 from replacement.training.sparsity import Encoder, Exported, GatedSparsity, sparsity
 from replacement.training.starts import start
 
 
 class Pass(NamedTuple):
-    """One training pass over a batch of tokens, in scaled units."""
+    """One training pass over a batch of tokens, in scaled units; of the features that this process holds."""
 
     parts: Float[Tensor, "tokens prefixes n_writes d_out"]  #: what the nested dictionaries write, the whole one last
     active: ActiveSet
     activations: Float[Tensor, " entries"]
-    penalty: Tensor | float
+    penalty: Tensor | float  #: of all features
     gate: Float[Tensor, "tokens n_writes d_out"] | None  #: what a gate alone writes, through the frozen decoder
 
 
 class Coder(nn.Module):
-    """Encoder, decoder, optional skip and sparsity of one dictionary."""
+    """Encoder, decoder, optional skip and sparsity of one dictionary.
+
+    Where several processes hold the features, this has a row of each that is this process's, in the order of all.
+    """
 
     W_enc: nn.Parameter  # [n_features, d_in], all read sites side by side
     b_enc: nn.Parameter  # [n_features]
@@ -48,6 +53,7 @@ class Coder(nn.Module):
         index: int,
         count: int,
         shared: int,
+        mesh: Mesh,
     ) -> None:
         """Start from a sample of scaled activations.
 
@@ -56,8 +62,10 @@ class Coder(nn.Module):
         """
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed * 1009 + plan.layer)
-        self.plan = plan
-        self.prefixes, self.same = config.prefixes, plan.reads == plan.writes
+        self.plan, self.mesh = plan, mesh
+        own = mesh.features.rows_of(config.n_features)
+        self.prefixes = tuple(min(max(0, p - own.start), own.stop - own.start) for p in config.prefixes)
+        self.same = plan.reads == plan.writes
         self.dead, self.dead_k, self.dead_after = config.dead, config.dead_k, config.dead_after
         rows = start(
             config.start,
@@ -65,14 +73,15 @@ class Coder(nn.Module):
             y.flatten(1),
             prefixes=(*config.prefixes, config.n_features),
             same=self.same,
+            own=own,
             generator=generator,
         )
-        self.sparsity = sparsity(config, config.k_of(index, count))
+        self.sparsity = sparsity(config, config.k_of(index, count), mesh)
         self.W_enc = nn.Parameter(rows.W_enc)
         self.W_dec = nn.Parameter(rows.W_dec.unflatten(1, y.shape[1:]) / shared)
         self.b_enc = nn.Parameter(rows.b_enc)
         self.W_skip = nn.Parameter(torch.zeros(y.shape[2], x.shape[1])) if plan.skip else None
-        self.register_buffer("since_fired", torch.zeros(config.n_features))
+        self.register_buffer("since_fired", torch.zeros(own.stop - own.start))
         with torch.no_grad():
             self.b_enc.copy_(self.sparsity.prepare(x, self.encoder()))
 
@@ -91,6 +100,7 @@ class Coder(nn.Module):
 
     def forward(self, x: Float[Tensor, "tokens d_in"], *, generator: torch.Generator, memory: float) -> Pass:
         """Encode and decode scaled inputs; moves running thresholds (kept with weight `memory`) and firing counters."""
+        x = self.mesh.features.share(x)
         active = self.sparsity.select(x, self.encoder(), generator=generator, memory=memory)
         values = encode_active(x, self.W_enc, self.b_enc, active)
         activations = self.sparsity.activations(values, active)
@@ -106,7 +116,8 @@ class Coder(nn.Module):
     @torch.no_grad()
     def _observe(self, activations: Float[Tensor, " entries"], active: ActiveSet) -> None:
         fired = torch.bincount(active.feature[activations != 0], minlength=len(self.b_enc)) > 0
-        self.since_fired.add_(active.n_tokens).masked_fill_(fired, 0)
+        fired = self.mesh.data.any(fired)
+        self.since_fired.add_(active.n_tokens * self.mesh.data.size).masked_fill_(fired, 0)
         self.sparsity.observe(activations, active, fired)
 
     def skip(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_out"] | float:
@@ -122,17 +133,25 @@ class Coder(nn.Module):
     def dead_loss(
         self, x: Float[Tensor, "tokens d_in"], error: Float[Tensor, "tokens n_writes d_out"], generator: torch.Generator
     ) -> Tensor:
-        """The loss that the remedy for dead features adds; `error`, what the living missed, is held fixed."""
+        """The loss that the remedy for dead features adds, those of all processes together; `error`, what the living
+        missed, is held fixed.
+        """
         if self.dead not in remedies.LOSSES:
             return error.new_zeros(())
         dead = self.is_dead().nonzero().flatten()
-        if len(dead) == 0:
+        count, data = self.mesh.features.count(len(dead)), self.mesh.data
+        if count == 0:
             return error.new_zeros(())
-        rows = torch.randperm(len(x), generator=generator)[: remedies.ROWS]
+        chosen = torch.randperm(len(x) * data.size, generator=generator)[: remedies.ROWS]
+        rows = data.tokens_of(chosen)
         missed = error[rows].detach().flatten(1)
         dead_rows = (self.W_enc[dead], self.b_enc[dead], self.W_dec[dead].flatten(1))
         level = self.sparsity.levels(self.encoder())[dead]
-        return remedies.LOSSES[self.dead](remedies.Dead(*dead_rows, x[rows].detach(), missed, self.dead_k, level))
+        return remedies.LOSSES[self.dead](
+            remedies.Dead(
+                *dead_rows, x[rows].detach(), missed, self.dead_k, level, count=count, rows=len(chosen), mesh=self.mesh
+            )
+        )
 
     @torch.no_grad()
     def resample(
@@ -144,11 +163,22 @@ class Coder(nn.Module):
         generator: torch.Generator,
     ) -> int:
         """Let dead features start again at tokens that are badly rebuilt, their optimiser state at zero; how many."""
-        dead = self.is_dead()
-        if self.dead != "resample" or not dead.any():
+        if self.dead != "resample":
             return 0
+        dead, axis = self.is_dead(), self.mesh.features
+        counts = axis.gathered(dead.sum()).tolist()
+        if not sum(counts):
+            return 0
+        before = sum(counts[: axis.place])
         fresh = remedies.resampled(
-            int(dead.sum()), x, error.flatten(1), living=self.W_enc[~dead], same=self.same, generator=generator
+            sum(counts),
+            x,
+            error.flatten(1),
+            living=self.W_enc[~dead],
+            same=self.same,
+            own=slice(before, before + counts[axis.place]),
+            mesh=self.mesh,
+            generator=generator,
         )
         new = {self.W_enc: fresh.W_enc, self.W_dec: fresh.W_dec.unflatten(1, self.W_dec.shape[1:])}
         new |= {parameter: parameter.new_full((), value) for parameter, value in self.sparsity.fresh().items()}
@@ -160,7 +190,7 @@ class Coder(nn.Module):
                     state[dead] = 0
         self.b_enc[dead] += self.sparsity.levels(self.encoder())[dead]  # so that it fires where it starts again
         self.since_fired[dead] = 0
-        return int(dead.sum())
+        return sum(counts)
 
     # ---- the end
 
@@ -175,7 +205,14 @@ class Coder(nn.Module):
         self.sparsity.calibrate(x, self.encoder())
 
     def export(self) -> tuple[Exported, Float[Tensor, "n_features n_writes d_out"]]:
-        """Encoder and activation function, and decoder rows, of norm 1 where the sparsity allows it."""
-        exported = self.sparsity.export(self.encoder())
+        """Encoder and activation function, and decoder rows, of norm 1 where the sparsity allows it; whole in the first
+        process of those that hold the features.
+        """
+        exported, collected = self.sparsity.export(self.encoder()), self.mesh.features.collected
         W_dec = self.W_dec.detach()
-        return exported, W_dec / self.norms().detach()[:, None, None] if exported.unit_rows else W_dec.clone()
+        W_dec = W_dec / self.norms().detach()[:, None, None] if exported.unit_rows else W_dec.clone()
+        activation = exported.activation
+        if isinstance(activation, JumpReLU) and activation.threshold.ndim:
+            activation = JumpReLU(collected(activation.threshold))
+        whole = Exported(collected(exported.W_enc), collected(exported.b_enc), activation, exported.unit_rows)
+        return whole, collected(W_dec)
