@@ -1,8 +1,12 @@
-"""Several gloo processes on this machine that train a tiny table of runs, and what came of each."""
+"""Several gloo processes on this machine that train a tiny table of runs, and what came of each.
+
+`python -m tests.processes` prints how far each way of sharing a run is from one process.
+"""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +23,7 @@ from replacement.training.report import Record
 from tests.test_replacement_training import N_LAYERS, ToyModel, ToyModelSource, toy_config
 
 FIGURES = ("loss", "fvu", "l0", "dead", "kl")
+WAYS = ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))  # processes, and over how many of them features are spread
 
 
 class Case(NamedTuple):
@@ -28,6 +33,33 @@ class Case(NamedTuple):
     settings: Mapping[str, Any]
     end_to_end: bool = False
     stop_after: int | None = None
+
+
+def _case(name: str, *, end_to_end: bool = False, **settings: Any) -> Case:
+    short = {"tokens": 64 * 12, "dead_after": 128, "start": "random"}
+    return Case(name, {**short, **settings}, end_to_end)
+
+
+FEW = (
+    _case("clt batchtopk prefixes auxk", kind="clt", prefixes=(24,)),
+    _case("skip topk", kind="skip_transcoder", sparsity="topk"),
+    _case("skip gated end to end", kind="skip_transcoder", sparsity="gated", end_to_end=True),
+)
+"""A twin of `CASES` that takes seconds."""
+CASES = (
+    *FEW,
+    _case("relu", sparsity="relu", kind="clt"),
+    _case("jumprelu", sparsity="jumprelu", prefixes=(24, 40)),
+    _case("jumprelu quadratic", sparsity="jumprelu", penalty="quadratic"),
+    _case("resample", dead="resample"),
+    _case("ghost", dead="ghost"),
+    _case("preactivation", dead="preactivation"),
+    _case("samples floor crosscoder", kind="crosscoder", site="mlp.hook_in", start="samples", floor=0.2),
+    _case("clusters causal crosscoder", kind="causal_crosscoder", site="mlp.hook_out", start="clusters"),
+    _case("clt end to end", kind="clt", end_to_end=True),
+    _case("crosscoder end to end", kind="crosscoder", site="mlp.hook_out", end_to_end=True),
+)
+"""Every sparsity, remedy, start and way of writing."""
 
 
 def run_case(case: Case, folder: Path, mesh: Mesh = ALONE) -> None:
@@ -63,12 +95,13 @@ def documents(index: int) -> TokenBatch:
 def spawn(cases: Sequence[Case], folder: Path, *, size: int, shards: int) -> None:
     """Run all cases in so many processes, the features of each dictionary spread over `shards` of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    mp.spawn(_process, (size, shards, list(cases), folder), nprocs=size)
+    with tempfile.TemporaryDirectory() as meeting:
+        mp.spawn(_process, (size, shards, list(cases), folder, meeting), nprocs=size)
 
 
-def _process(rank: int, size: int, shards: int, cases: Sequence[Case], folder: Path) -> None:
+def _process(rank: int, size: int, shards: int, cases: Sequence[Case], folder: Path, meeting: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=size)
     mesh = mesh_of(shards)
     for case in cases:
         run_case(case, folder, mesh)
@@ -88,3 +121,26 @@ def largest_difference(a: Path, b: Path, case: Case) -> dict[str, float]:
         for name in FIGURES
         if any(x[name] is not None for x in one)
     }
+
+
+def main() -> None:
+    """Print, for each way of sharing, the largest difference of any figure of any step from one process."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        one = Path(place) / "one"
+        for case in CASES:
+            run_case(case, one)
+        print(
+            f"{'processes':>9} {'data':>5} {'features':>8} {'loss':>9} {'fvu':>9} {'l0':>9} {'dead':>9}  worst in loss"
+        )
+        for size, shards in WAYS:
+            folder = Path(place) / f"{size}-{shards}"
+            spawn(CASES, folder, size=size, shards=shards)
+            found = {case.name: largest_difference(one, folder, case) for case in CASES}
+            most = {name: max(each[name] for each in found.values()) for name in FIGURES[:4]}
+            worst = max(found, key=lambda name: found[name]["loss"])
+            print(f"{size:9} {size // shards:5} {shards:8}", *(f"{most[name]:9.1e}" for name in most), f" {worst}")
+
+
+if __name__ == "__main__":
+    main()

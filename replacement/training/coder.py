@@ -149,7 +149,7 @@ class Coder(nn.Module):
         level = self.sparsity.levels(self.encoder())[dead]
         return remedies.LOSSES[self.dead](
             remedies.Dead(
-                *dead_rows, x[rows].detach(), missed, self.dead_k, level, count=count, rows=len(chosen), mesh=self.mesh
+                *dead_rows, x[rows].detach(), missed, self.dead_k, level, n_dead=count, rows=len(chosen), mesh=self.mesh
             )
         )
 

@@ -37,14 +37,14 @@ class Dead(NamedTuple):
     error: Float[Tensor, "rows d_out"]  #: what the living missed, a constant
     k: int
     level: Float[Tensor, " dead"]  #: pre-activation above which each fires
-    count: int  #: dead features of all processes
+    n_dead: int  #: dead features of all processes
     rows: int  #: tokens looked at by all processes
     mesh: Mesh
 
 
 def _auxk(dead: Dead) -> Tensor:
     pre = F.relu(F.linear(dead.x, dead.W_enc, dead.b_enc))
-    least = dead.mesh.features.largest(pre.detach(), min(dead.k, dead.count))[:, -1:]
+    least = dead.mesh.features.largest(pre.detach(), min(dead.k, dead.n_dead))[:, -1:]
     rebuilt = dead.mesh.features.add((pre * (pre >= least)) @ dead.W_dec)
     return _mean((dead.error - rebuilt).pow(2), dead)
 
@@ -61,7 +61,7 @@ def _ghost(dead: Dead) -> Tensor:
 def _preactivation(dead: Dead) -> Tensor:
     pre = F.linear(dead.x, dead.W_enc, dead.b_enc)
     short = F.relu(dead.level - pre) * dead.W_dec.norm(dim=1)
-    return dead.mesh.features.add(_mean(short, dead, width=dead.count))
+    return dead.mesh.features.add(_mean(short, dead, width=dead.n_dead))
 
 
 def _mean(x: Float[Tensor, "rows columns"], dead: Dead, *, width: int = 0) -> Float[Tensor, ""]:

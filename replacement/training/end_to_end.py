@@ -19,8 +19,8 @@ from replacement.substitution import Replacement
 from replacement.training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
 from replacement.training.coder import Coder
 from replacement.training.config import EndToEndConfig
-from replacement.training.report import Clock, Listener, Record, bar_listener
 from replacement.training.parallel import Axis
+from replacement.training.report import Clock, Listener, Record, bar_listener
 from replacement.training.source import Activations
 from replacement.training.trainee import Trainee, l0, unexplained
 

@@ -44,19 +44,19 @@ class Axis:
 
     # ---- without gradients
 
-    def total(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def total(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The sum over processes."""
         return x if self.size == 1 else self._reduced(x, dist.ReduceOp.SUM)
 
-    def average(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def average(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The mean over processes."""
         return x if self.size == 1 else self.total(x) / self.size
 
-    def highest(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def highest(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The maximum over processes, entry by entry."""
         return x if self.size == 1 else self._reduced(x, dist.ReduceOp.MAX)
 
-    def any(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def any(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """Where a process says True."""
         return x if self.size == 1 else self.highest(x.int()).bool()
 
@@ -64,7 +64,7 @@ class Axis:
         """The sum over processes of a number."""
         return n if self.size == 1 else int(self.total(torch.tensor(n)))
 
-    def gathered(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "processes ..."]:
+    def gathered(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "processes ..."]:
         """What every process has, all of one shape."""
         if self.size == 1:
             return x.unsqueeze(0)
@@ -96,15 +96,15 @@ class Axis:
 
     # ---- with gradients
 
-    def add(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def add(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The sum over processes, whose gradient reaches each process's part as it is."""
         return x if self.size == 1 else _Add.apply(x, self)
 
-    def mean(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def mean(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The mean over processes, whose gradient reaches each process's part as it is: to be averaged afterwards."""
         return x if self.size == 1 else _Mean.apply(x, self)
 
-    def share(self, x: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def share(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """What all processes have alike, for each to use in part; the gradients of the parts are added up."""
         return x if self.size == 1 else _Share.apply(x, self)
 

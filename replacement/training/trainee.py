@@ -189,7 +189,7 @@ class Trainee(nn.Module):
         return self.mesh.features.average(own)
 
     def settle_gradients(self, *, longest: float) -> None:
-        """Average the gradients of processes that saw other tokens, and scale all down to a norm of at most `longest`."""
+        """Average gradients over processes that saw other tokens, and scale all down to a norm of at most `longest`."""
         held = [p for p in self.parameters() if p.grad is not None]
         for parameter in held:
             parameter.grad = self.mesh.data.average(cast(Tensor, parameter.grad))

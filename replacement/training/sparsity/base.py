@@ -57,7 +57,9 @@ class Sparsity(nn.Module, abc.ABC):
         self.n_own = config.n_features // mesh.features.size
 
     def prepare(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Float[Tensor, " n_features"]:
-        """Set the start on a sample of scaled inputs, which all processes see; returns the encoder bias to start from."""
+        """Set the start on a sample of scaled inputs, the same in all processes; returns the encoder
+        bias to start from.
+        """
         return encoder.b_enc
 
     @abc.abstractmethod
