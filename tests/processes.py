@@ -67,6 +67,7 @@ def run_case(case: Case, folder: Path, mesh: Mesh = ALONE) -> None:
     source = ToyModelSource(model := ToyModel())
     config, records = toy_config(**case.settings), list[Record]()
     out = folder / case.name
+    out.mkdir(parents=True, exist_ok=True)
     trainee = train(
         source,
         plans(config, N_LAYERS),
@@ -92,19 +93,26 @@ def documents(index: int) -> TokenBatch:
     return TokenBatch(drawn, drawn > 6)
 
 
-def spawn(cases: Sequence[Case], folder: Path, *, size: int, shards: int) -> None:
-    """Run all cases in so many processes, the features of each dictionary spread over `shards` of them."""
-    folder.mkdir(parents=True, exist_ok=True)
+class Job(NamedTuple):
+    """A case, where it is trained, and over how many processes the features of each dictionary are spread."""
+
+    case: Case
+    folder: Path
+    shards: int
+
+
+def spawn(jobs: Sequence[Job], *, size: int) -> None:
+    """Do all jobs, one after another, in so many processes."""
     with tempfile.TemporaryDirectory() as meeting:
-        mp.spawn(_process, (size, shards, list(cases), folder, meeting), nprocs=size)
+        mp.spawn(_process, (size, list(jobs), meeting), nprocs=size)
 
 
-def _process(rank: int, size: int, shards: int, cases: Sequence[Case], folder: Path, meeting: str) -> None:
+def _process(rank: int, size: int, jobs: Sequence[Job], meeting: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=size)
-    mesh = mesh_of(shards)
-    for case in cases:
-        run_case(case, folder, mesh)
+    meshes = {shards: mesh_of(shards) for shards in sorted({job.shards for job in jobs})}
+    for job in jobs:
+        run_case(job.case, job.folder, meshes[job.shards])
     dist.destroy_process_group()
 
 
@@ -133,9 +141,11 @@ def main() -> None:
         print(
             f"{'processes':>9} {'data':>5} {'features':>8} {'loss':>9} {'fvu':>9} {'l0':>9} {'dead':>9}  worst in loss"
         )
+        for size in sorted({size for size, _ in WAYS}):
+            ways = [shards for processes, shards in WAYS if processes == size]
+            spawn([Job(case, Path(place) / f"{size}-{n}", n) for n in ways for case in CASES], size=size)
         for size, shards in WAYS:
             folder = Path(place) / f"{size}-{shards}"
-            spawn(CASES, folder, size=size, shards=shards)
             found = {case.name: largest_difference(one, folder, case) for case in CASES}
             most = {name: max(each[name] for each in found.values()) for name in FIGURES[:4]}
             worst = max(found, key=lambda name: found[name]["loss"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,19 @@ from replacement.training import Trainee, plans
 from replacement.training.parallel import ALONE, Axis, Mesh, mesh_of
 from replacement.training.source import Stream
 from replacement.training.starts import start
-from tests.processes import CASES, FEW, Case, largest_difference, run_case, spawn
+from tests.processes import CASES, FEW, WAYS, Case, Job, largest_difference, run_case, spawn
 from tests.test_circuits_train import command, place  # noqa: F401 - the fixture of a model and a text
 from tests.test_replacement_training import N_LAYERS, ToyMLPs, toy_config
 
 CLOSE = 1e-5
+
+
+FIRST = FEW[0]
+
+
+def stopped(steps: int) -> Case:
+    """The first case, left after so many steps."""
+    return FIRST._replace(stop_after=steps)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +43,20 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     for case in CASES:
         run_case(case, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes did: `1` and `2`, few cases with features spread over as many; `again`, a run stopped and gone
+    on by the same; `begun`, one that is stopped; `taken`, one that one process began.
+    """
+    folder = tmp_path_factory.mktemp("two")
+    run_case(stopped(5), folder / "taken")
+    jobs = [Job(case, folder / str(shards), shards) for shards in (1, 2) for case in FEW]
+    jobs += [Job(stopped(5), folder / "again", 1), Job(FIRST, folder / "again", 1)]
+    jobs += [Job(stopped(5), folder / "begun", 2), Job(FIRST, folder / "taken", 2)]
+    spawn(jobs, size=2)
     return folder
 
 
@@ -47,19 +70,24 @@ def assert_same_runs(one: Path, other: Path, cases: Sequence[Case]) -> None:
                 assert (tensor - b.state_dict()[name]).abs().max() < 1e-3 * tensor.abs().max(), (case.name, name)
 
 
-def test_two_processes_have_the_losses_of_one(one: Path, tmp_path: Path) -> None:
-    """Tokens shared, and features spread: the same batches, choices, losses and dictionaries."""
-    for shards in (1, 2):
-        spawn(FEW, tmp_path / str(shards), size=2, shards=shards)
-        assert_same_runs(one, tmp_path / str(shards), FEW)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_two_processes_have_the_losses_of_one(shards: int, one: Path, two: Path) -> None:
+    """Tokens shared, or features spread: the same batches, choices, losses and dictionaries."""
+    assert_same_runs(one, two / str(shards), FEW)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "shards"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
-def test_any_way_of_sharing_has_the_losses_of_one_process(size: int, shards: int, one: Path, tmp_path: Path) -> None:
-    """Every sparsity, remedy for dead features, start and stage."""
-    spawn(CASES, tmp_path, size=size, shards=shards)
-    assert_same_runs(one, tmp_path, CASES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_any_way_of_sharing_has_the_losses_of_one_process(size: int, one: Path, two: Path, tmp_path: Path) -> None:
+    """Every sparsity, remedy for dead features, start and stage; and what two processes began goes on."""
+    ways = [shards for processes, shards in WAYS if processes == size]
+    jobs = [Job(case, tmp_path / str(shards), shards) for shards in ways for case in CASES]
+    for shards in ways:
+        shutil.copytree(two / "begun", tmp_path / f"begun-{shards}")
+    spawn([*jobs, *(Job(FIRST, tmp_path / f"begun-{shards}", shards) for shards in ways)], size=size)
+    for shards in ways:
+        assert_same_runs(one, tmp_path / str(shards), CASES)
+        assert_goes_on(one, tmp_path / f"begun-{shards}", 5)
 
 
 def test_the_cases_have_dead_features(one: Path) -> None:
@@ -70,51 +98,32 @@ def test_the_cases_have_dead_features(one: Path) -> None:
             assert any(step["dead"] > 0 for step in figures), case.name
 
 
-def stopped(case: Case, steps: int) -> Case:
-    return case._replace(stop_after=steps, end_to_end=False)
-
-
-def assert_goes_on(one: Path, other: Path, case: Case, steps: int) -> None:
+def assert_goes_on(one: Path, other: Path, steps: int) -> None:
     """The figures of the steps after `steps` are those of the unbroken run in one process."""
-    whole, rest = (json.loads((folder / case.name / "figures.json").read_text()) for folder in (one, other))
-    assert len(rest) == len(whole) - steps
+    whole, rest = (json.loads((folder / FIRST.name / "figures.json").read_text()) for folder in (one, other))
+    assert len(rest) == len(whole) - steps > 0
     for a, b in zip(whole[steps:], rest, strict=True):
         assert abs(a["loss"] - b["loss"]) < CLOSE
 
 
-def test_a_run_of_two_processes_goes_on_in_one_and_back(one: Path, tmp_path: Path) -> None:
-    """Checkpoints do not say how many wrote them, and only the newest is left."""
-    case, checkpoint = FEW[0], tmp_path / FEW[0].name / "checkpoint"
-    spawn([stopped(case, 5)], tmp_path, size=2, shards=2)
-    assert {path.suffix for path in checkpoint.rglob("*") if path.is_file()} == {".safetensors", ".json"}
-    run_case(stopped(case, 8), tmp_path)
-    assert not checkpoint.exists() and checkpoint.with_suffix(".safetensors").exists()
-    spawn([case], tmp_path, size=2, shards=2)
-    assert len(list(checkpoint.iterdir())) == 1 and not checkpoint.with_suffix(".safetensors").exists()
-    assert_goes_on(one, tmp_path, case, 8)
+def test_a_run_goes_on_in_another_number_of_processes(one: Path, two: Path, tmp_path: Path) -> None:
+    """Two after one, and one after two; only the newest checkpoint is left, and nothing is pickled."""
+    parts, file = "checkpoint", "checkpoint.safetensors"
+    assert_goes_on(one, two / "taken", 5)
+    taken = two / "taken" / FIRST.name
+    assert len(list((taken / parts).iterdir())) == 1 and not (taken / file).exists()
+    assert {path.suffix for path in (taken / parts).rglob("*") if path.is_file()} == {".safetensors", ".json"}
+    shutil.copytree(two / "begun", tmp_path / "begun")
+    run_case(FIRST, tmp_path / "begun")
+    assert_goes_on(one, tmp_path / "begun", 5)
+    assert (tmp_path / "begun" / FIRST.name / file).exists() and not (tmp_path / "begun" / FIRST.name / parts).exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("size", "shards"), [(1, 1), (2, 1), (4, 1), (4, 2), (4, 4)])
-def test_a_run_of_two_processes_goes_on_in_any_number(size: int, shards: int, one: Path, tmp_path: Path) -> None:
-    case = FEW[0]
-    spawn([stopped(case, 5)], tmp_path, size=2, shards=2)
-    if size == 1:
-        run_case(case, tmp_path)
-    else:
-        spawn([case], tmp_path, size=size, shards=shards)
-    assert_goes_on(one, tmp_path, case, 5)
-
-
-def test_a_stopped_run_of_the_same_processes_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    case, whole, broken = FEW[0], tmp_path / "whole", tmp_path / "broken"
-    spawn([case], whole, size=2, shards=1)
-    spawn([stopped(case, 5)], broken, size=2, shards=1)
-    spawn([case], broken, size=2, shards=1)
-    files = sorted((whole / case.name).glob("layer_*.safetensors"))
+def test_a_stopped_run_of_the_same_processes_goes_on_bit_for_bit(two: Path) -> None:
+    files = sorted((two / "1" / FIRST.name).glob("layer_*.safetensors"))
     assert files
     for path in files:
-        assert path.read_bytes() == (broken / case.name / path.name).read_bytes(), path.name
+        assert path.read_bytes() == (two / "again" / FIRST.name / path.name).read_bytes(), path.name
 
 
 @pytest.mark.slow
@@ -172,7 +181,7 @@ def test_every_token_of_a_batch_is_seen_by_one_process() -> None:
     """Single tokens, or runs of them, in turn; where each is found is its place among those that a process sees."""
     for size, run in ((2, 1), (3, 1), (2, 5), (4, 3)):
         tokens = torch.arange(2 * size * run)
-        axes = [Axis(size=size, place=place, run=run) for place in range(size)]
+        axes = [Axis(size=size, place=at, run=run) for at in range(size)]
         assert torch.stack([axis.sees(tokens) for axis in axes]).sum(0).tolist() == [1] * len(tokens)
         for axis in axes:
             chosen = tokens.flip(0)
