@@ -134,7 +134,7 @@ def test_a_killed_torchrun_goes_on_in_one_process(place: Path, tmp_path: Path, m
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     more = ("--kind", "clt", "--tokens", "76800", "--json")
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     many = [*start, "-m", "circuits", *command(place, killed, *more, "--feature-shards", "2")]
     running = subprocess.Popen(many, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     checkpoint = killed / "checkpoints" / "reconstruction"

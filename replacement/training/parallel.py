@@ -52,6 +52,13 @@ class Axis:
         """The mean over processes."""
         return x if self.size == 1 else self.total(x) / self.size
 
+    def average_in_place(self, x: Shaped[Tensor, "*shape"]) -> None:
+        """Put the mean over processes into `x`, which may be too large to have twice."""
+        if self.size > 1:
+            assert x.is_contiguous()
+            dist.all_reduce(x, group=self.group)
+            x.div_(self.size)
+
     def highest(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The maximum over processes, entry by entry."""
         return x if self.size == 1 else self._reduced(x, dist.ReduceOp.MAX)

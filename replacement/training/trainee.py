@@ -21,6 +21,7 @@ from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan, Weights
 from replacement.training.parallel import ALONE, Axis, Mesh
 from replacement.training.source import Activations
+from replacement.training.sparsity import Exported
 
 
 class Losses(NamedTuple):
@@ -175,8 +176,12 @@ class Trainee(nn.Module):
         """
         if self.mesh.data.place:
             return []
-        found = [self._dictionary(coder) for coder in self]
-        return found if self.mesh.is_first else []
+        found = []
+        for coder in self:
+            exported, W_dec = coder.export()
+            if self.mesh.is_first:
+                found.append(self._dictionary(coder, exported, W_dec))
+        return found
 
     @staticmethod
     def is_spread(name: str, axes: int) -> bool:
@@ -192,7 +197,7 @@ class Trainee(nn.Module):
         """Average gradients over processes that saw other tokens, and scale all down to a norm of at most `longest`."""
         held = [p for p in self.parameters() if p.grad is not None]
         for parameter in held:
-            parameter.grad = self.mesh.data.average(cast(Tensor, parameter.grad))
+            self.mesh.data.average_in_place(cast(Tensor, parameter.grad))
         if self.mesh.features.size == 1:
             nn.utils.clip_grad_norm_(held, longest)
             return
@@ -204,8 +209,7 @@ class Trainee(nn.Module):
         norm = (self.mesh.features.total(spread) + alike).sqrt()
         nn.utils.clip_grads_with_norm_(held, longest, norm)
 
-    def _dictionary(self, coder: Coder) -> LinearEncoder:
-        exported, W_dec = coder.export()
+    def _dictionary(self, coder: Coder, exported: Exported, W_dec: Tensor) -> LinearEncoder:
         per_part = coder.W_enc.shape[1] // len(coder.plan.reads)
         into = torch.stack([self.scale_of(name) for name in coder.plan.reads]).repeat_interleave(per_part)
         out = torch.stack([self.scale_of(name) for name in coder.plan.writes])
