@@ -95,26 +95,18 @@ def run(
     if is_new and mesh.is_first:  # everything could be opened: from here on the folder is this run's
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "training.json", (json.dumps(settings, indent=1) + "\n").encode())
-    trainee = train(
-        source,
-        planned,
-        config=config,
-        checkpoint=out / "checkpoints" / "reconstruction.safetensors",
-        checkpoint_every=checkpoint_every,
-        listeners=listeners,
-        show_progress=show_progress,
-        mesh=mesh,
-    )
+    common: dict[str, Any] = {"checkpoint_every": checkpoint_every, "listeners": listeners}
+    common["show_progress"] = show_progress
+    checkpoint = out / "checkpoints" / "reconstruction.safetensors"
+    trainee = train(source, planned, config=config, checkpoint=checkpoint, mesh=mesh, **common)
     if end_to_end is not None:
         train_end_to_end(
             ReplaceableBridge(bridge, sites(planned)),
             trainee,
             partial(_batch, tokens, documents=end_to_end.documents),
             config=end_to_end,
-            checkpoint=out / "checkpoints" / "end_to_end.safetensors",
-            checkpoint_every=checkpoint_every,
-            listeners=listeners,
-            show_progress=show_progress,
+            checkpoint=checkpoint.with_stem("end_to_end"),
+            **common,
         )
     dictionaries = DictionarySet({one.layer: one for one in trainee.dictionaries()}, out.name, metadata=settings)
     if mesh.is_first:
