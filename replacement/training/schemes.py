@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from replacement.encoding import LINEAR, Encoding, Kronecker, Switch
 from replacement.training.clusters import Detectors, k_means
 from replacement.training.config import TrainingConfig
+from replacement.training.parallel import Axis
 from replacement.training.sparse import (
     ActiveSet,
     active_at,
@@ -35,6 +36,8 @@ _CONFIDENCE = 16.0  # of a router at the start: a token at the usual distance fr
 
 class Scheme(nn.Module, abc.ABC):
     """From encoder rows to pre-activations of features, on scaled inputs.
+
+    All but the linear one need all features in one process; tokens may be shared.
 
     Law: for what `above` or `top` choose, `values` and `dense` agree, and times `weight` they are what the exported
     encoding gives.
@@ -86,8 +89,8 @@ class Scheme(nn.Module, abc.ABC):
         """What all activations of a token are multiplied by; None for 1."""
         return None
 
-    def extra_loss(self, x: Float[Tensor, "tokens d_in"]) -> Tensor | float:
-        """A loss of its own, weighted."""
+    def extra_loss(self, x: Float[Tensor, "tokens d_in"], data: Axis) -> Tensor | float:
+        """A loss of its own, weighted; data: processes that see the batch's other tokens."""
         return 0.0
 
     def export(self, into: Float[Tensor, " d_in"]) -> Encoding:
@@ -158,9 +161,9 @@ class SwitchScheme(Scheme):
     def weight(self, x: Tensor) -> Tensor:
         return self.map.route(x).probability
 
-    def extra_loss(self, x: Tensor) -> Tensor | float:
+    def extra_loss(self, x: Tensor, data: Axis) -> Tensor | float:
         probabilities = self.map.probabilities(x)
-        share = torch.bincount(probabilities.argmax(1), minlength=self.map.experts) / len(x)
+        share = data.average(torch.bincount(probabilities.argmax(1), minlength=self.map.experts) / len(x))
         return self.balance_weight * self.map.experts * (share * probabilities.mean(0)).sum()
 
     def export(self, into: Tensor) -> Encoding:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from replacement.activation import Activation
 from replacement.training.config import TrainingConfig
+from replacement.training.parallel import Mesh
 from replacement.training.schemes import Scheme
 from replacement.training.sparse import ActiveSet, select_above
 
@@ -39,6 +40,10 @@ class Encoder(NamedTuple):
         """The k features of each token with the largest pre-activations."""
         return self.scheme.top(x, self.W_enc, self.b_enc, k)
 
+    def values(self, x: Float[Tensor, "tokens d_in"], active: ActiveSet) -> Float[Tensor, " entries"]:
+        """Pre-activations of active features."""
+        return self.scheme.values(x, self.W_enc, self.b_enc, active)
+
     def dense(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens n_features"]:
         """Pre-activations of all features at few tokens."""
         return self.scheme.dense(x, self.W_enc, self.b_enc)
@@ -58,14 +63,22 @@ class Sparsity(nn.Module, abc.ABC):
 
     Law: what the exported activation function gives on the exported encoder is what `activations` gave in training,
     times the norm of the feature's decoder row where rows are exported with norm 1.
+
+    Where several processes hold the features, each has some of them, and of a batch it may see a share of the tokens;
+    what is chosen, penalised and remembered is nevertheless what one process would choose for all. Its own tensors
+    with an axis have one number a feature held; those without are the same in all processes.
     """
 
-    def __init__(self, config: TrainingConfig, k: int) -> None:
+    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
         super().__init__()
-        self.k, self.n_features = k, config.n_features
+        self.k, self.mesh = k, mesh
+        self.n_features = config.n_features  #: of all processes
+        self.n_own = config.n_features // mesh.features.size
 
     def prepare(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Float[Tensor, " rows"]:
-        """Set the start on a sample of scaled inputs; returns the encoder bias to start from."""
+        """Set the start on a sample of scaled inputs, the same in all processes; returns the encoder
+        bias to start from.
+        """
         return encoder.b_enc
 
     @abc.abstractmethod
@@ -88,15 +101,15 @@ class Sparsity(nn.Module, abc.ABC):
         active: ActiveSet,
         norms: Float[Tensor, " n_features"],
     ) -> Tensor | float:
-        """The penalty, weighted; moves its weight along while gradients are on."""
+        """The penalty of all features, weighted; moves its weight along while gradients are on."""
         return 0.0
 
     def observe(self, values: Float[Tensor, " entries"], active: ActiveSet, fired: Tensor) -> None:
-        """Take note of a batch's activations and of which features fired in it."""
+        """Take note of a batch's activations and of which features fired in it, at tokens of any process."""
         return None
 
     def calibrate(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> None:
-        """Set what the finished dictionary needs, on scaled inputs."""
+        """Set what the finished dictionary needs, on scaled inputs, of which every process sees its share."""
         return None
 
     def levels(self, encoder: Encoder) -> Float[Tensor, " n_features"]:
@@ -129,9 +142,19 @@ class Penalised(Sparsity):
     lowest, highest = 1e-5, 100.0
     first_weight = 0.03
 
-    def __init__(self, config: TrainingConfig, k: int) -> None:
-        super().__init__(config, k)
+    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
+        super().__init__(config, k, mesh)
         self.register_buffer("log_weight", torch.tensor(self.first_weight).log())
+
+    def bias_to_start(self, x: Tensor, encoder: Encoder, k: float) -> Float[Tensor, " n_features"]:
+        """The encoder bias at which every feature fires as often as the others, and k fire at a token."""
+        pre = x @ encoder.W_enc.T + encoder.b_enc
+        count = min(len(pre) - 1, max(1, round(k * len(pre) / self.n_features)))
+        return encoder.b_enc - pre.topk(count + 1, dim=0).values[-1]
+
+    def fires(self, activations: Float[Tensor, " entries"], active: ActiveSet) -> Float[Tensor, ""]:
+        """How many features of all processes fire at a token of the whole batch."""
+        return self.mesh.world.total((activations.detach() > 0).sum()) / (active.n_tokens * self.mesh.data.size)
 
     def controlled(self, fires: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The weight for a batch in which `fires` features a token fire; moves it where a training step is made."""
@@ -144,14 +167,3 @@ class Penalised(Sparsity):
 def positive(x: Tensor, encoder: Encoder, shift: Tensor | float = 0.0) -> ActiveSet:
     """Features whose pre-activation plus `shift` is above zero."""
     return select_above(x, encoder.W_enc, encoder.b_enc + shift, _SMALLEST)
-
-
-def bias_for(x: Tensor, encoder: Encoder, k: float) -> Float[Tensor, " n_features"]:
-    """The encoder bias at which every feature fires as often as the others, and k fire at a token."""
-    pre = x @ encoder.W_enc.T + encoder.b_enc
-    return encoder.b_enc - _level(pre, k)
-
-
-def _level(pre: Float[Tensor, "tokens n_features"], k: float) -> Float[Tensor, " n_features"]:
-    count = min(len(pre) - 1, max(1, round(k * len(pre) / pre.shape[1])))
-    return pre.topk(count + 1, dim=0).values[-1]
