@@ -55,18 +55,21 @@ CASES = (
     _case("ghost", dead="ghost"),
     _case("preactivation", dead="preactivation"),
     _case("samples floor crosscoder", kind="crosscoder", site="mlp.hook_in", start="samples", floor=0.2),
-    # from clusters the toy is nearly solved, and Adam makes full steps of gradients that are rounding: small ones here
-    _case(
-        "clusters causal crosscoder",
-        kind="causal_crosscoder",
-        site="mlp.hook_out",
-        start="clusters",
-        learning_rate=2e-4,
-    ),
+    _case("clusters causal crosscoder", kind="causal_crosscoder", site="mlp.hook_out", start="clusters"),
     _case("clt end to end", kind="clt", end_to_end=True),
     _case("crosscoder end to end", kind="crosscoder", site="mlp.hook_out", end_to_end=True),
 )
 """Every sparsity, remedy, start and way of writing."""
+WHOLE = (
+    _case("switch topk", encoder="switch", experts=4, sparsity="topk", balance_weight=1.0, end_to_end=True),
+    _case("kronecker batchtopk clt", encoder="kronecker", kind="clt"),
+)
+"""Encoders whose features stay in one process; tokens are shared."""
+
+
+def cases_of(shards: int, cases: Sequence[Case] = CASES) -> tuple[Case, ...]:
+    """The cases that can spread features over so many processes."""
+    return tuple(cases) if shards > 1 else (*cases, *WHOLE)
 
 
 def run_case(case: Case, folder: Path, mesh: Mesh = ALONE) -> None:
@@ -143,17 +146,17 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         one = Path(place) / "one"
-        for case in CASES:
+        for case in cases_of(1):
             run_case(case, one)
         print(
             f"{'processes':>9} {'data':>5} {'features':>8} {'loss':>9} {'fvu':>9} {'l0':>9} {'dead':>9}  worst in loss"
         )
         for size in sorted({size for size, _ in WAYS}):
             ways = [shards for processes, shards in WAYS if processes == size]
-            spawn([Job(case, Path(place) / f"{size}-{n}", n) for n in ways for case in CASES], size=size)
+            spawn([Job(case, Path(place) / f"{size}-{n}", n) for n in ways for case in cases_of(n)], size=size)
         for size, shards in WAYS:
             folder = Path(place) / f"{size}-{shards}"
-            found = {case.name: largest_difference(one, folder, case) for case in CASES}
+            found = {case.name: largest_difference(one, folder, case) for case in cases_of(shards)}
             most = {name: max(each[name] for each in found.values()) for name in FIGURES[:4]}
             worst = max(found, key=lambda name: found[name]["loss"])
             print(f"{size:9} {size // shards:5} {shards:8}", *(f"{most[name]:9.1e}" for name in most), f" {worst}")

@@ -22,7 +22,7 @@ from replacement.training import Trainee, plans
 from replacement.training.parallel import ALONE, Axis, Mesh, mesh_of
 from replacement.training.source import Stream
 from replacement.training.starts import start
-from tests.processes import CASES, FEW, WAYS, Case, Job, largest_difference, run_case, spawn
+from tests.processes import FEW, WAYS, Case, Job, cases_of, largest_difference, run_case, spawn
 from tests.test_circuits_train import command, place  # noqa: F401 - the fixture of a model and a text
 from tests.test_replacement_training import N_LAYERS, ToyMLPs, toy_config
 
@@ -41,7 +41,7 @@ def stopped(steps: int) -> Case:
 def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases in one process."""
     folder = tmp_path_factory.mktemp("one")
-    for case in CASES:
+    for case in cases_of(1):
         run_case(case, folder)
     return folder
 
@@ -53,7 +53,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("two")
     run_case(stopped(5), folder / "taken")
-    jobs = [Job(case, folder / str(shards), shards) for shards in (1, 2) for case in FEW]
+    jobs = [Job(case, folder / str(shards), shards) for shards in (1, 2) for case in cases_of(shards, FEW)]
     jobs += [Job(stopped(5), folder / "again", 1), Job(FIRST, folder / "again", 1)]
     jobs += [Job(stopped(5), folder / "begun", 2), Job(FIRST, folder / "taken", 2)]
     spawn(jobs, size=2)
@@ -73,7 +73,7 @@ def assert_same_runs(one: Path, other: Path, cases: Sequence[Case]) -> None:
 @pytest.mark.parametrize("shards", [1, 2])
 def test_two_processes_have_the_losses_of_one(shards: int, one: Path, two: Path) -> None:
     """Tokens shared, or features spread: the same batches, choices, losses and dictionaries."""
-    assert_same_runs(one, two / str(shards), FEW)
+    assert_same_runs(one, two / str(shards), cases_of(shards, FEW))
 
 
 @pytest.mark.slow
@@ -81,18 +81,18 @@ def test_two_processes_have_the_losses_of_one(shards: int, one: Path, two: Path)
 def test_any_way_of_sharing_has_the_losses_of_one_process(size: int, one: Path, two: Path, tmp_path: Path) -> None:
     """Every sparsity, remedy for dead features, start and stage; and what two processes began goes on."""
     ways = [shards for processes, shards in WAYS if processes == size]
-    jobs = [Job(case, tmp_path / str(shards), shards) for shards in ways for case in CASES]
+    jobs = [Job(case, tmp_path / str(shards), shards) for shards in ways for case in cases_of(shards)]
     for shards in ways:
         shutil.copytree(two / "begun", tmp_path / f"begun-{shards}")
     spawn([*jobs, *(Job(FIRST, tmp_path / f"begun-{shards}", shards) for shards in ways)], size=size)
     for shards in ways:
-        assert_same_runs(one, tmp_path / str(shards), CASES)
+        assert_same_runs(one, tmp_path / str(shards), cases_of(shards))
         assert_goes_on(one, tmp_path / f"begun-{shards}", 5)
 
 
 def test_the_cases_have_dead_features(one: Path) -> None:
     """Else the remedies would not be compared."""
-    for case in CASES:
+    for case in cases_of(1):
         if case.settings.get("dead", "auxk") != "none" and case.settings.get("sparsity", "batchtopk") == "batchtopk":
             figures = json.loads((one / case.name / "figures.json").read_text())
             assert any(step["dead"] > 0 for step in figures), case.name
@@ -196,6 +196,10 @@ def test_what_cannot_be_shared_evenly_is_named() -> None:
         Stream(source, buffer_bytes=1, batch_tokens=64, seed=0, mesh=Mesh(data=Axis(size=3)))
     with pytest.raises(InputError, match=r"n_features=64\): 3 processes share the features; pass a multiple"):
         Trainee(plans(config, N_LAYERS), source.batch(0), config, Mesh(features=Axis(size=3)))
+    for encoder in ("switch", "kronecker"):
+        config = toy_config(encoder=encoder, start="random")
+        with pytest.raises(InputError, match=rf"encoder='{encoder}'\): 2 processes share the features.*feature-shards"):
+            Trainee(plans(config, N_LAYERS), source.batch(0), config, Mesh(features=Axis(size=2)))
 
 
 def test_the_command_line_names_a_missing_torchrun(place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
