@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from circuits.measures import MEASURES
 from circuits.scores import GraphScores, graph_scores
 from replacement.dictionary import Dictionary, DictionarySet
 from replacement.errors import InputError
@@ -26,15 +27,6 @@ from replacement.evaluation.words import evaluate_absorption
 from replacement.model import ReplacementModel
 from replacement.neurons import neurons
 
-MEASURES: Mapping[str, str] = {
-    "reconstruction": "what each site's dictionary rebuilds, and how often features fire",
-    "replacement": "what the model loses with all sites replaced",
-    "sites": "the same with each site alone, and the next layer",
-    "baselines": "approximations that need no dictionary, at the same L0",
-    "probing": "sparse probes of known properties",
-    "absorption": "first-letter absorption",
-    "graphs": "replacement and completeness scores over prompts",
-}
 PROMPT_TOKENS = 24
 """Prompts that are beginnings of documents are cut there."""
 

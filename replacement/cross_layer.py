@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from replacement.activation import Activation
 from replacement.dictionary import LinearEncoder
+from replacement.encoding import LINEAR, Encoding
 from replacement.errors import InputError
 
 
@@ -28,20 +29,21 @@ class CrossLayerTranscoder(LinearEncoder):
         layer: int,
         read: str,
         write: str,
-        W_enc: Float[Tensor, "n_features d_in"],
-        b_enc: Float[Tensor, " n_features"],
+        W_enc: Float[Tensor, "rows d_in"],
+        b_enc: Float[Tensor, " rows"],
         W_dec: Float[Tensor, "n_features n_writes d_out"],
         b_dec: Float[Tensor, " d_out"],
         activation: Activation,
+        encoding: Encoding = LINEAR,
     ) -> None:
         super().__init__()
         self.layer, self.read, self.write = layer, read, write
         self.kind = "causal_crosscoder" if read == write else "cross_layer_transcoder"
-        self.n_features, self.d_in = W_enc.shape
-        if W_dec.ndim != 3 or W_dec.shape[0] != self.n_features or b_enc.shape != (self.n_features,):
+        self.n_features, self.d_in = encoding.n_features(len(W_enc)), W_enc.shape[1]
+        if W_dec.ndim != 3 or W_dec.shape[0] != self.n_features or b_enc.shape != W_enc.shape[:1]:
             raise InputError(
                 f"cross-layer transcoder of layer {layer}: W_dec has shape {list(W_dec.shape)} and b_enc "
-                f"{list(b_enc.shape)}, needs [{self.n_features}, n_writes, d_out] and [{self.n_features}] "
+                f"{list(b_enc.shape)}, needs [{self.n_features}, n_writes, d_out] and [{len(W_enc)}] "
                 f"to fit W_enc {list(W_enc.shape)}"
             )
         self.d_out = W_dec.shape[2]
@@ -52,10 +54,11 @@ class CrossLayerTranscoder(LinearEncoder):
         if W_dec.shape[1] < 1:
             raise InputError(f"cross-layer transcoder of layer {layer}: W_dec has no slots, needs 1 or more")
         activation.require_width(self.n_features, f"cross-layer transcoder of layer {layer}")
+        encoding.require_fit(W_enc, activation, f"cross-layer transcoder of layer {layer}")
         self.write_layers = tuple(range(layer, layer + W_dec.shape[1]))
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
-        self.activation = activation
+        self.activation, self.encoding = activation, encoding
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
         return self.W_dec[features, layer - self.layer]

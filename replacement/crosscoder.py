@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from replacement.activation import Activation
 from replacement.dictionary import LinearEncoder
+from replacement.encoding import LINEAR, Encoding
 from replacement.errors import InputError
 
 _PART = re.compile(r"(?:(?P<model>[\w-]+):)?blocks\.(?P<layer>\d+)\.(?P<site>[\w.]+)")
@@ -34,11 +35,12 @@ class Crosscoder(LinearEncoder):
         *,
         parts: tuple[str, ...],
         site: str,
-        W_enc: Float[Tensor, "n_features n_parts*d_out"],
-        b_enc: Float[Tensor, " n_features"],
+        W_enc: Float[Tensor, "rows n_parts*d_out"],
+        b_enc: Float[Tensor, " rows"],
         W_dec: Float[Tensor, "n_features n_parts d_out"],
         b_dec: Float[Tensor, "n_parts d_out"],
         activation: Activation,
+        encoding: Encoding = LINEAR,
     ) -> None:
         super().__init__()
         found = [_PART.fullmatch(part) for part in parts]
@@ -51,10 +53,10 @@ class Crosscoder(LinearEncoder):
         self.models = tuple(dict.fromkeys(match["model"] or "" for match in found if match))
         self.layer, self.read, self.write = self.part_layers[0], site, site
         self.write_layers = tuple(dict.fromkeys(self.part_layers))
-        self.n_features, self.d_in = W_enc.shape
+        self.n_features, self.d_in = encoding.n_features(len(W_enc)), W_enc.shape[1]
         self.d_out = self.d_in // len(parts)
         expected = {
-            "b_enc": (b_enc, (self.n_features,)),
+            "b_enc": (b_enc, W_enc.shape[:1]),
             "W_dec": (W_dec, (self.n_features, len(parts), self.d_out)),
             "b_dec": (b_dec, (len(parts), self.d_out)),
         }
@@ -65,9 +67,10 @@ class Crosscoder(LinearEncoder):
                     f"to fit W_enc {list(W_enc.shape)} and {len(parts)} parts"
                 )
         activation.require_width(self.n_features, "crosscoder")
+        encoding.require_fit(W_enc, activation, "crosscoder")
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
-        self.activation = activation
+        self.activation, self.encoding = activation, encoding
 
     def part(self, layer: int, model: str = "") -> int:
         """Index of the part at a layer of a model; raises `InputError` where there is none."""

@@ -14,9 +14,9 @@ from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from replacement.activation import Activation
+from replacement.encoding import Encoding
 from replacement.errors import InputError
 
 
@@ -26,7 +26,8 @@ class Dictionary(nn.Module, abc.ABC):
     Laws, held by tests for every kind:
 
     - *affine on the active set*: for an active feature i at input x, `encode(x)[i] = w_i . x + b_i` with
-      `w_i, b_i = encoder_rows(i, x)`, and `w_i` is the gradient of `encode(x)[i]` (for neurons: of its frozen gate);
+      `w_i, b_i = encoder_rows(i, x)`, and `w_i` is the gradient of `encode(x)[i]` (for neurons: with the gate held
+      at its value; for a switch encoder: with the router held);
     - *linear writes*: what it adds at layer l is `sum_i a_i write_rows(i, l)`, plus at its own layer `b_dec` and
     `W_skip x`.
     """
@@ -67,19 +68,23 @@ class Dictionary(nn.Module, abc.ABC):
 
 
 class LinearEncoder(Dictionary):
-    """A dictionary whose features are `act(x W_enc^T + b_enc)`: transcoders of every kind."""
+    """A dictionary whose features are made of linear rows, as its encoding says: transcoders of every kind.
 
-    W_enc: nn.Parameter  # [n_features, d_in]
-    b_enc: nn.Parameter  # [n_features]
+    Mostly `act(x W_enc^T + b_enc)`, one feature a row.
+    """
+
+    W_enc: nn.Parameter  # [rows, d_in]
+    b_enc: nn.Parameter  # [rows]
     activation: Activation
+    encoding: Encoding
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... n_features"]:
-        return self.activation(F.linear(x, self.W_enc, self.b_enc))
+        return self.encoding.encode(x, self.W_enc, self.b_enc, self.activation)
 
     def encoder_rows(
         self, features: Int[Tensor, " n"], x: Float[Tensor, "n d_in"]
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " n"]]:
-        return self.W_enc[features], self.b_enc[features]
+        return self.encoding.rows(features, x, self.W_enc, self.b_enc)
 
 
 @dataclass(frozen=True)

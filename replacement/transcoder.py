@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from replacement.activation import Activation
 from replacement.dictionary import LinearEncoder
+from replacement.encoding import LINEAR, Encoding
 from replacement.errors import InputError
 
 
@@ -31,20 +32,21 @@ class Transcoder(LinearEncoder):
         layer: int,
         read: str,
         write: str,
-        W_enc: Float[Tensor, "n_features d_in"],
-        b_enc: Float[Tensor, " n_features"],
+        W_enc: Float[Tensor, "rows d_in"],
+        b_enc: Float[Tensor, " rows"],
         W_dec: Float[Tensor, "n_features d_out"],
         b_dec: Float[Tensor, " d_out"],
         activation: Activation,
         W_skip: Float[Tensor, "d_out d_in"] | None = None,
+        encoding: Encoding = LINEAR,
     ) -> None:
         super().__init__()
         self.layer, self.read, self.write, self.write_layers = layer, read, write, (layer,)
         self.kind = "sae" if read == write else "transcoder" if W_skip is None else "skip_transcoder"
-        self.n_features, self.d_in = W_enc.shape
+        self.n_features, self.d_in = encoding.n_features(len(W_enc)), W_enc.shape[1]
         self.d_out = W_dec.shape[1]
         expected = {
-            "b_enc": (b_enc, (self.n_features,)),
+            "b_enc": (b_enc, W_enc.shape[:1]),
             "W_dec": (W_dec, (self.n_features, self.d_out)),
             "b_dec": (b_dec, (self.d_out,)),
             "W_skip": (W_skip, (self.d_out, self.d_in)),
@@ -56,10 +58,11 @@ class Transcoder(LinearEncoder):
                     f"to fit W_enc {list(W_enc.shape)} and W_dec {list(W_dec.shape)}"
                 )
         activation.require_width(self.n_features, f"transcoder of layer {layer}")
+        encoding.require_fit(W_enc, activation, f"transcoder of layer {layer}")
         self.W_enc, self.b_enc = nn.Parameter(W_enc), nn.Parameter(b_enc)
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         self.W_skip = None if W_skip is None else nn.Parameter(W_skip)
-        self.activation = activation
+        self.activation, self.encoding = activation, encoding
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
         assert layer == self.layer

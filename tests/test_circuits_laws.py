@@ -12,13 +12,16 @@ from circuits import attribute
 from replacement import ReplacementModel
 from replacement.activation import JumpReLU, TopK
 from replacement.contributions import LinearEngine
+from replacement.encoding import Route
 from replacement.sites import Place, Slot
-from tests.tiny import FAMILIES, PROMPT, random_set
+from tests.tiny import ENCODERS, FAMILIES, PROMPT, random_set
 
-KINDS = ("transcoder", "skip_transcoder", "cross_layer_transcoder", "neurons")
+KINDS = ("transcoder", "skip_transcoder", "cross_layer_transcoder", "neurons", *ENCODERS)
 ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
-TABLE = [(family, kind, "relu") for family in FAMILIES for kind in KINDS]
+TABLE = [(family, kind, "relu") for family in FAMILIES for kind in KINDS[:4]]
 TABLE += [("llama", kind, activation) for kind in KINDS[:3] for activation in ACTIVATIONS[1:]]
+TABLE += [("llama", kind, activation) for kind in ENCODERS for activation in ("relu", "topk", "batchtopk")]
+TABLE += [("gemma2", "switch", "jumprelu"), ("gpt2", "kronecker", "jumprelu")]
 TABLE += [("gemma2", "skip_transcoder", activation) for activation in ACTIVATIONS[1:]]
 
 
@@ -73,8 +76,9 @@ def test_rows_do_not_depend_on_the_batch(tiny_model, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_are_affine_on_the_active_set(tiny_model, kind):
-    """`a_i = w_i . x + b_i`, the contract that tracing needs; for all but neurons w_i is also autograd's gradient."""
+def test_features_are_affine_on_the_active_set(tiny_model, kind, monkeypatch):
+    """`a_i = w_i . x + b_i`, the contract that tracing needs; for all but neurons w_i is also autograd's gradient, of a
+    switch encoder with its router held."""
     model = tiny_model("llama", kind, "relu", "float64")
     dictionary = model.dictionaries.by_layer[1]
     x = torch.randn(5, dictionary.d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -82,9 +86,13 @@ def test_features_are_affine_on_the_active_set(tiny_model, kind):
     token, feature = activations.nonzero(as_tuple=True)
     rows, biases = dictionary.encoder_rows(feature, x[token])
     torch.testing.assert_close((rows * x[token]).sum(-1) + biases, activations[token, feature])
+    routes = dictionary.encoding.route(x) if kind == "switch" else None
     if kind != "neurons":
         for t, f, row in zip(token[:20].tolist(), feature[:20].tolist(), rows[:20], strict=True):
             at = x[t].clone().requires_grad_()
+            if routes is not None:
+                held = Route(routes.expert[t : t + 1], routes.probability[t : t + 1].detach())
+                monkeypatch.setattr(dictionary.encoding, "route", lambda x, held=held: held)
             (gradient,) = torch.autograd.grad(dictionary.encode(at)[f], at)
             torch.testing.assert_close(row, gradient)
 

@@ -17,6 +17,7 @@ import torch
 
 from circuits.cli import main
 from circuits.settings import fields
+from graphs import AttributionGraph
 from replacement import formats
 from replacement.loading import load_bridge
 from replacement.training import TrainingConfig, plans
@@ -60,6 +61,26 @@ def test_every_kind_is_trained_by_one_command(kind: str, place: Path, tmp_path: 
         traced = ["trace", PROMPT, "--model", str(place / "model"), "--dictionaries", str(out)]
         assert main([*traced, "-o", str(tmp_path / "graph"), "--format", "json"]) == 0
         assert main(command(place, out, "--kind", kind, "--tokens", "12800", "--end-to-end", "3")) == 0  # done already
+
+
+@pytest.mark.parametrize("kind", ["skip_transcoder", "clt"])
+@pytest.mark.parametrize("encoder", ["switch", "kronecker"])
+def test_other_encoders_are_trained_and_traced_like_the_linear_one(
+    kind: str, encoder: str, place: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """The run ends in a folder that says which encoder it holds; traced, its rows add up."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = tmp_path / "run"
+    more = ("--kind", kind, "--encoder", encoder, "--experts", "4", "--pairs", "2,2", "--tokens", "12800")
+    assert main(command(place, out, *more, "--end-to-end", "3")) == 0
+    assert {one.encoding.name for one in formats.load(out)} == {encoder}
+    traced = ["trace", PROMPT, "--model", str(place / "model"), "--dictionaries", str(out)]
+    assert main([*traced, "-o", str(tmp_path / "graph"), "--format", "native"]) == 0
+    (path,) = (tmp_path / "graph").rglob("*.safetensors")
+    graph = AttributionGraph.load(path)
+    assert graph.nodes.is_feature.any() and graph.residual < 1e-5
+    assert main(command(place, tmp_path / "other", *more, "--sparsity", "relu")) == 2
+    assert "takes sparsity batchtopk or topk" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
@@ -132,7 +153,7 @@ def test_a_bridge_that_is_replaced_by_its_own_values_is_unchanged(place: Path) -
     tokens = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
     where = torch.ones_like(tokens, dtype=torch.bool)
     logits, found = model.original(tokens, where)
-    assert {tensor.shape[0] for tensor in found.values()} == {2 * 8}
+    assert {tensor.shape[0] for tensor in found.values()} == {2 * 8} == {len(logits)}
 
     class Same:
         def read(self, name, x):

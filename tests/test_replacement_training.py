@@ -231,6 +231,7 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
         ({"n_features": 30}, "multiple of 8"),
         ({"prefixes": (32, 16)}, "ascending sizes"),
         ({"prefixes": (64,)}, "leave n_features itself out"),
+        ({"prefixes": (63,)}, r"parts have \[63, 1\] features and the last must be the largest"),
         ({"k": 0}, "between 1 and n_features"),
         ({"tokens": 3}, "less than one batch"),
         ({"kind": "sea"}, "needs one of transcoder"),
@@ -314,6 +315,44 @@ def test_end_to_end_training_brings_the_replaced_model_to_the_original(bridging:
     before = divergence()
     train_end_to_end(model, trainee, batch, config=config, show_progress=False)
     assert divergence() < before / 2
+
+
+@pytest.mark.parametrize("sparsity", ["batchtopk", "relu"])
+def test_bridging_moves_thresholds_and_controllers_once_a_step(sparsity: str) -> None:
+    """The half replaced pass sees the same tokens again: what runs along with the steps is as without it."""
+    model, states = ToyModel(), []
+
+    def batch(index: int) -> TokenBatch:
+        drawn = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(index))
+        return TokenBatch(drawn, drawn > 6)
+
+    for weight in (0.0, 1.0):
+        trainee = trained(ToyModelSource(model), toy_config(tokens=64 * 5, k=2, sparsity=sparsity))
+        config = EndToEndConfig(steps=1, bridging_weight=weight)
+        train_end_to_end(model, trainee, batch, config=config, show_progress=False)
+        states.append(dict(trainee.named_buffers()))
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "clt"])
+def test_dead_features_are_revived_end_to_end_in_every_layer(kind: str) -> None:
+    """AuxK reaches those that write to several layers too: without it, what never fires would never move."""
+    model = ToyModel()
+    trainee = trained(ToyModelSource(model), toy_config(kind=kind, tokens=64 * 5, k=2))
+    for coder in trainee:
+        coder.since_fired[:10] = 1e6
+        with torch.no_grad():
+            coder.W_dec[:10] *= 1e-6  # writes too little to be chosen
+    before = [coder.W_dec[:10].detach().clone() for coder in trainee]
+
+    def batch(index: int) -> TokenBatch:
+        drawn = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(index))
+        return TokenBatch(drawn, drawn > 6)
+
+    train_end_to_end(model, trainee, batch, config=EndToEndConfig(steps=1), show_progress=False)
+    for coder, rows in zip(trainee, before, strict=True):
+        assert coder.is_dead()[:10].all() and not torch.equal(coder.W_dec[:10], rows)
 
 
 def test_a_stage_can_widen_one_layer_and_leave_the_others() -> None:

@@ -13,6 +13,7 @@ from replacement.errors import InputError
 from replacement.training import Activations, Trainee, TrainingConfig, plans, train
 from replacement.training.config import KINDS, PENALISED, SPARSITIES
 from replacement.training.kinds import Plan, sites
+from replacement.training.sparsity import topk
 
 WIDTH, TRUE_FEATURES, N_LAYERS, ACTIVE = 32, 64, 2, 4
 
@@ -142,6 +143,28 @@ def test_penalties_reach_the_wanted_l0(sparsity: str, penalty: str) -> None:
     assert sum(l0[-50:]) / 50 == pytest.approx(ACTIVE, rel=0.1)
 
 
+@pytest.mark.parametrize("penalty", ["tanh", "quadratic"])
+def test_a_threshold_that_a_step_took_below_zero_still_learns(penalty: str) -> None:
+    """It fires wherever it is positive, and gets a gradient from the tokens near there, instead of none for good."""
+    trainee, planted = start(config(sparsity="jumprelu", penalty=penalty))
+    coder = next(iter(trainee))
+    with torch.no_grad():
+        coder.sparsity.threshold[:20] = -1.0
+    losses = trainee(planted.batch(1), generator=torch.Generator().manual_seed(0), memory=1.0)
+    (losses.reconstruction + losses.penalty).backward()
+    assert coder.sparsity.threshold.grad[:20].count_nonzero() > 10
+    assert (coder.sparsity.export(coder.encoder()).activation.threshold > 0).all()
+
+
+def test_the_weight_of_a_penalty_stays_bounded() -> None:
+    """Where k is out of reach for long, the weight is back in use soon after k is in reach again."""
+    penalised = next(iter(start(config(sparsity="relu"))[0])).sparsity
+    for fires, bound in ((1e6, 100.0), (0.0, 1e-5)):
+        for _ in range(2000):
+            penalised.controlled(torch.tensor(fires))
+        assert penalised.log_weight.exp().item() == pytest.approx(bound, rel=1e-3)
+
+
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_gradients_equal_those_of_dense_products(sparsity: str) -> None:
     """The loss of a skip transcoder with nested prefixes, written densely, has the same gradients."""
@@ -173,6 +196,25 @@ def test_gradients_equal_those_of_dense_products(sparsity: str) -> None:
             total = total + (wanted - gate - rest.detach()).pow(2).mean()
     for name, a, b in zip(names, fast, torch.autograd.grad(total, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda words, name=name: f"{name}: {words}")
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+@pytest.mark.parametrize("before", [0.0, 0.5, 100.0])
+def test_the_running_threshold_is_found_a_few_tokens_at_a_time(before: float, floor: float, monkeypatch) -> None:
+    """It is the k * tokens-th largest of all that is written, with no matrix of all in memory."""
+    trainee, planted = start(config(floor=floor))
+    coder = next(iter(trainee))
+    x, held = trainee.read(coder, planted.batch(1)), []
+    pre, rows = F.linear(x, coder.W_enc, coder.b_enc).detach(), coder.sparsity._rows
+    coder.sparsity.peak.fill_(1.0)
+    written = torch.where(pre > floor, pre * coder.norms().detach(), 0.0).flatten()
+    linear = coder.scheme.dense
+    monkeypatch.setattr(coder.scheme, "dense", lambda x, *rest: held.append(len(x)) or linear(x, *rest))
+    monkeypatch.setattr(topk, "_CHUNK", 100 * 112)
+    coder.sparsity.threshold.fill_(before)
+    coder.calibrate(x)
+    assert coder.sparsity.threshold == written.sort(descending=True).values[ACTIVE * len(x) - 1]
+    assert max(held) == 100 < rows
 
 
 def test_layers_and_models_that_do_not_fit_are_named() -> None:
@@ -216,7 +258,7 @@ def test_activations_that_are_not_finite_stop_a_run_with_the_site_and_the_step(t
 
 
 def test_unknown_settings_are_named() -> None:
-    with pytest.raises(InputError, match="does not know n_feature; known: bandwidth, batch_tokens"):
+    with pytest.raises(InputError, match="does not know n_feature; known: balance_weight, bandwidth"):
         TrainingConfig.from_mapping({"n_feature": 8})
 
 

@@ -17,7 +17,6 @@ from replacement.training.sparse import (
     preselect,
     select,
     select_above,
-    select_batch_top,
     select_top,
 )
 
@@ -61,20 +60,6 @@ def test_the_top_of_each_token_is_the_dense_top(size, dtype, native, monkeypatch
         expected = pre.topk(min(k, shape[2])).indices.sort().values
         assert torch.equal(active.feature.view(expected.shape), expected)
         assert torch.equal(active.token, torch.arange(shape[0]).repeat_interleave(min(k, shape[2])))
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("size", SIZES)
-def test_the_top_of_a_batch_is_the_dense_top(size: tuple[int, ...], weighted: bool) -> None:
-    """The k * tokens largest positive, wherever in the batch; all positive ones where those are fewer."""
-    *shape, k = size
-    for shift in (-1.0, -8.0):
-        x, W_enc, b_enc = weights(*shape, shift=shift)
-        weight = torch.rand(shape[2], generator=torch.Generator().manual_seed(1)) + 0.1 if weighted else None
-        strength = torch.relu(x @ W_enc.T + b_enc) * (1 if weight is None else weight)
-        wanted = min(k * shape[0], int((strength > 0).sum()))
-        expected = strength.flatten().topk(wanted).indices.sort().values
-        assert torch.equal(flat(select_batch_top(x, W_enc, b_enc, k, weight)), expected)
 
 
 @settings(max_examples=25, deadline=None)

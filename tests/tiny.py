@@ -22,6 +22,7 @@ from transformers import (
 from replacement.activation import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from replacement.cross_layer import CrossLayerTranscoder
 from replacement.dictionary import Dictionary, DictionarySet
+from replacement.encoding import LINEAR, Encoding, Kronecker, Switch
 from replacement.transcoder import Transcoder
 
 VOCABULARY = 60
@@ -54,6 +55,8 @@ READS = {
     "neox": "mlp.hook_in",
     "qwen3": "hook_resid_mid",
 }
+ENCODERS = ("switch", "kronecker")
+"""Kinds of `random_set` that are skip transcoders with that encoder."""
 WRITES = {"gemma2": "mlp.hook_out"}  # before the post-norm; hook_mlp_out elsewhere
 
 
@@ -88,11 +91,31 @@ def activation(name: str, n_features: int, seed: int) -> Activation:
     return made[name]
 
 
+def random_encoding(name: str, d_model: int, seed: int) -> tuple[Encoding, float]:
+    """A switch of 3 experts, or pairs of 2 and 3 rows; and how many encoder rows a feature there are."""
+    if name == "switch":
+        generator = torch.Generator().manual_seed(seed)
+        router = torch.randn(3, d_model, generator=generator), torch.randn(3, generator=generator)
+        return Switch(router[0] / d_model**0.5, 0.1 * router[1]), 1
+    return (Kronecker(2, 3), 5 / 6) if name == "kronecker" else (LINEAR, 1)
+
+
 def random_transcoder(
-    *, layer: int, read: str, write: str, n_features: int, d_model: int, activation: Activation, skip: bool, seed: int
+    *,
+    layer: int,
+    read: str,
+    write: str,
+    n_features: int,
+    d_model: int,
+    activation: Activation,
+    skip: bool,
+    seed: int,
+    encoder: str = "linear",
 ) -> Transcoder:
     """A transcoder with random weights."""
     generator = torch.Generator().manual_seed(seed)
+    encoding, share = random_encoding(encoder, d_model, seed)
+    n_rows = round(n_features * share)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
@@ -101,12 +124,13 @@ def random_transcoder(
         layer=layer,
         read=read,
         write=write,
-        W_enc=normal(n_features, d_model) / d_model**0.5,
-        b_enc=0.1 * normal(n_features),
+        W_enc=normal(n_rows, d_model) / d_model**0.5,
+        b_enc=0.1 * normal(n_rows),
         W_dec=normal(n_features, d_model) / n_features**0.5,
         b_dec=0.1 * normal(d_model),
         activation=activation,
         W_skip=0.3 * normal(d_model, d_model) / d_model**0.5 if skip else None,
+        encoding=encoding,
     )
 
 
@@ -118,7 +142,7 @@ def random_set(family: str, kind: str, activation_name: str, cfg: Any, n_feature
         act = activation(activation_name, n_features, layer)
         base = random_transcoder(
             layer=layer, read=read, write=write, n_features=n_features, d_model=cfg.d_model, activation=act,
-            skip=kind == "skip_transcoder", seed=layer,
+            skip=kind in ("skip_transcoder", *ENCODERS), seed=layer, encoder=kind if kind in ENCODERS else "linear",
         )  # fmt: skip
         if kind != "cross_layer_transcoder":
             by_layer[layer] = base

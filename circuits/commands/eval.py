@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from circuits.commands.options import add, print_json
+from circuits.measures import MEASURES
 
 if TYPE_CHECKING:
     from circuits.quality import Quality
@@ -20,9 +21,6 @@ MEASURE = "circuits.quality:measure"
 DATA, TOKENS, CONTEXT, PROMPTS = "atlas", 16384, 128, 50
 EMBEDDED = "atlas"
 """The shipped model, which brings documents, questions and labels of its own."""
-
-
-ALL = ("reconstruction", "replacement", "sites", "baselines", "probing", "absorption", "graphs")
 SHOWN = ("reconstruction", "replacement", "graphs")
 """What the table of several sets has columns for."""
 
@@ -58,8 +56,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--measure",
         metavar="LIST",
-        help=f"with commas between them: {', '.join(ALL)} (default: all of them; of several sets {', '.join(SHOWN)}, "
-        "unless --json is given)",
+        help=f"with commas between them: {', '.join(MEASURES)} (default: all of them; of several sets "
+        f"{', '.join(SHOWN)}, unless --json is given)",
     )
     add(what, MEASURE, "--replace-first", "replace position 0 (BOS) like any other", action="store_true")
     out = parser.add_argument_group("output")
@@ -107,11 +105,11 @@ def _check(arguments: argparse.Namespace) -> None:
             raise InputError(f"--{name} {value}: needs at least 2")
     several = len(arguments.dictionaries or ()) > 1 and not arguments.json
     if arguments.measure is None:
-        arguments.measure = SHOWN if several else ALL
+        arguments.measure = SHOWN if several else tuple(MEASURES)
     else:
         names = [part.strip() for part in arguments.measure.split(",")]
-        if unknown := [name for name in names if name not in ALL]:
-            raise InputError(f"--measure {unknown[0]!r}: no such measure; have {', '.join(ALL)}")
+        if unknown := [name for name in names if name not in MEASURES]:
+            raise InputError(f"--measure {unknown[0]!r}: no such measure; have {', '.join(MEASURES)}")
         arguments.measure = names
 
 

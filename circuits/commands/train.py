@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LOAD = "replacement.model:ReplacementModel.load"
 RUN = "replacement.training.run:run"
+PROCESSES = "replacement.training.parallel:processes"
 SETTINGS, LAST = (f"replacement.training.config:{name}" for name in ("TrainingConfig", "EndToEndConfig"))
 FLAGS = {"n_features": "--features"}
 """Fields whose flag is not their own name."""
@@ -61,6 +62,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="weight of half replaced models there",
     )
+    many = parser.add_argument_group("many processes: torchrun --nproc-per-node N -m circuits train ...")
+    text = "processes that share the features of each dictionary; the rest share the tokens of each batch"
+    add(many, PROCESSES, "--feature-shards", text, type=int, metavar="M")
     out = parser.add_argument_group("output")
     out.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DIR", help="folder; a stopped run goes on there"
@@ -85,25 +89,29 @@ def run(arguments: argparse.Namespace) -> None:
     from replacement.loading import load_bridge
     from replacement.model import DTYPES
     from replacement.training import run as training
+    from replacement.training.parallel import local_device, processes
 
     if arguments.dtype not in DTYPES:
         from replacement.errors import InputError
 
         raise InputError(f"--dtype {arguments.dtype!r}: needs one of {', '.join(DTYPES)}")
-    bridge, _ = load_bridge(arguments.model, DTYPES[arguments.dtype], arguments.device)
-    finished = training.run(
-        bridge,
-        model=arguments.model,
-        data=arguments.data,
-        config=config,
-        out=arguments.output,
-        end_to_end=last if arguments.end_to_end else None,
-        context=arguments.context,
-        text_field=arguments.text_field,
-        dashboards=arguments.log,
-        show_progress=not arguments.json,
-    )
-    _report(finished, arguments, perf_counter() - started)
+    with processes(feature_shards=arguments.feature_shards) as mesh:
+        bridge, _ = load_bridge(arguments.model, DTYPES[arguments.dtype], local_device(arguments.device))
+        finished = training.run(
+            bridge,
+            model=arguments.model,
+            data=arguments.data,
+            config=config,
+            out=arguments.output,
+            end_to_end=last if arguments.end_to_end else None,
+            context=arguments.context,
+            text_field=arguments.text_field,
+            dashboards=arguments.log,
+            show_progress=not arguments.json,
+            mesh=mesh,
+        )
+    if mesh.is_first:
+        _report(finished, arguments, perf_counter() - started)
 
 
 def _report(finished: Finished, arguments: argparse.Namespace, seconds: float) -> None:

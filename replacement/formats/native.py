@@ -21,6 +21,7 @@ from replacement.activation import JumpReLU, build_activation
 from replacement.cross_layer import CrossLayerTranscoder
 from replacement.crosscoder import Crosscoder
 from replacement.dictionary import Dictionary, DictionarySet, LinearEncoder
+from replacement.encoding import LINEAR, Encoding, Linear, build_encoding
 from replacement.errors import InputError
 from replacement.formats.tensors import read_tensors, require_known, take
 from replacement.transcoder import Transcoder
@@ -30,6 +31,7 @@ VERSION = 1
 EXPECTS = "config.json that says circuits-dictionaries"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
+ROUTER = ("W_router", "b_router")
 _CLASS_OF: dict[str, type[LinearEncoder]] = {
     kind: of for of in (Transcoder, CrossLayerTranscoder) for kind in of.KINDS
 } | {Crosscoder.kind: Crosscoder}
@@ -76,6 +78,8 @@ def save(
             "n_features": dictionary.n_features,
             "activation": dictionary.activation.settings(),
         }
+        if not isinstance(dictionary.encoding, Linear):
+            entry["encoder"] = dictionary.encoding.settings()
         entries.append(entry | ({"parts": dictionary.parts} if isinstance(dictionary, Crosscoder) else {}))
     labels = {
         str(layer): {str(feature): words for feature, words in sorted(of_layer.items())}
@@ -128,11 +132,12 @@ def _load_one(folder: Path, config_path: Path, entry: Any) -> Dictionary:
     path = folder / entry["file"]
     tensors = read_tensors(path)
     of = _CLASS_OF[entry["kind"]]
-    require_known(tensors, [*TENSORS[: None if of is Transcoder else -1], "threshold"], path)
+    require_known(tensors, [*TENSORS[: None if of is Transcoder else -1], *ROUTER, "threshold"], path)
     bias_axes = 2 if of is Crosscoder else 1
     axes = {"W_enc": 2, "b_enc": 1, "W_dec": _DECODER_AXES[of], "b_dec": bias_axes}
     arguments: dict[str, Any] = {name: take(tensors, name, ndim, path) for name, ndim in axes.items()}
     arguments["activation"] = build_activation(entry["activation"], tensors.get("threshold"))
+    arguments["encoding"] = _encoding(entry, tensors, path)
     if of is Crosscoder:
         parts = entry.get("parts")
         if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
@@ -144,9 +149,20 @@ def _load_one(folder: Path, config_path: Path, entry: Any) -> Dictionary:
     return of(**arguments)
 
 
-def _stored(dictionary: Dictionary, dtype: torch.dtype) -> dict[str, Tensor]:
+def _encoding(entry: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> Encoding:
+    settings = entry.get("encoder", LINEAR.settings())
+    if not isinstance(settings, dict):
+        raise InputError(f"{path}: its `encoder` in the config needs an object with a name")
+    encoding = build_encoding(settings, tensors, str(path))
+    if unused := [name for name in ROUTER if name in tensors and name not in dict(encoding.named_parameters())]:
+        raise InputError(f"{path}: holds {unused[0]}, which a {encoding.name} encoder does not use")
+    return encoding
+
+
+def _stored(dictionary: LinearEncoder, dtype: torch.dtype) -> dict[str, Tensor]:
     """The dictionary's tensors in `dtype`; thresholds decide what fires, and are never rounded."""
     kept = {name: getattr(dictionary, name) for name in TENSORS if getattr(dictionary, name) is not None}
+    kept |= dict(dictionary.encoding.named_parameters())
     tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in kept.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

@@ -29,7 +29,7 @@ class ReplaceableBridge:
     def original(
         self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
     ) -> tuple[Float[Tensor, "chosen vocab"], Activations]:
-        """Logits at the positions in `where`, and activations at all sites, positions after the first flattened."""
+        """Logits at the positions in `where`, and activations at all sites, flattened; without the first position."""
         found: dict[str, Tensor] = {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -61,4 +61,6 @@ class ReplaceableBridge:
         with warnings.catch_warnings():  # the bridge warns that edited values round differently; that is meant here
             warnings.simplefilter("ignore", UserWarning)
             device = next(self.bridge.parameters()).device
+            where = where.clone()
+            where[:, 0] = False
             return self.bridge.run_with_hooks(tokens.to(device), fwd_hooks=hooks).cpu()[where]

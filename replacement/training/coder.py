@@ -11,29 +11,35 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from replacement.activation import JumpReLU
 from replacement.training import dead as remedies
 from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan
-from replacement.training.sparse import ActiveSet, decode_active, encode_active
+from replacement.training.parallel import Mesh
+from replacement.training.schemes import scheme
+from replacement.training.sparse import ActiveSet, decode_active
 from replacement.training.sparsity import Encoder, Exported, GatedSparsity, sparsity
 from replacement.training.starts import start
 
 
 class Pass(NamedTuple):
-    """One training pass over a batch of tokens, in scaled units."""
+    """One training pass over a batch of tokens, in scaled units; of the features that this process holds."""
 
     parts: Float[Tensor, "tokens prefixes n_writes d_out"]  #: what the nested dictionaries write, the whole one last
     active: ActiveSet
     activations: Float[Tensor, " entries"]
-    penalty: Tensor | float
+    penalty: Tensor | float  #: of all features
     gate: Float[Tensor, "tokens n_writes d_out"] | None  #: what a gate alone writes, through the frozen decoder
 
 
 class Coder(nn.Module):
-    """Encoder, decoder, optional skip and sparsity of one dictionary."""
+    """Encoder, decoder, optional skip and sparsity of one dictionary.
 
-    W_enc: nn.Parameter  # [n_features, d_in], all read sites side by side
-    b_enc: nn.Parameter  # [n_features]
+    Where several processes hold the features, this has a row of each that is this process's, in the order of all.
+    """
+
+    W_enc: nn.Parameter  # [rows, d_in], all read sites side by side; one row a feature in linear and switch encoders
+    b_enc: nn.Parameter  # [rows]
     W_dec: nn.Parameter  # [n_features, n_writes, d_out]
     W_skip: nn.Parameter | None  # [d_out, d_in]
     since_fired: Tensor  # [n_features], tokens since a feature last fired
@@ -48,6 +54,7 @@ class Coder(nn.Module):
         index: int,
         count: int,
         shared: int,
+        mesh: Mesh,
     ) -> None:
         """Start from a sample of scaled activations.
 
@@ -56,27 +63,32 @@ class Coder(nn.Module):
         """
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed * 1009 + plan.layer)
-        self.plan = plan
-        self.prefixes, self.same = config.prefixes, plan.reads == plan.writes
+        self.plan, self.mesh = plan, mesh
+        held = mesh.features.rows_of(config.n_features)
+        self.prefixes = tuple(min(max(0, p - held.start), held.stop - held.start) for p in config.prefixes)
+        self.same = plan.reads == plan.writes
         self.dead, self.dead_k, self.dead_after = config.dead, config.dead_k, config.dead_after
+        self.scheme = scheme(config, x.shape[1])
         # clusters are of what a layer's own MLP does; what they are worth to later layers is for training to find
         own = y[:, :1] if plan.across and config.start == "clusters" else y
         rows = start(
             config.start,
             x,
             own.flatten(1),
-            prefixes=(*config.prefixes, config.n_features),
+            prefixes=(*config.prefixes, config.n_features) if not self.scheme.shares_rows else (self.scheme.n_rows,),
             same=self.same,
+            own=mesh.features.rows_of(self.scheme.n_rows),
             generator=generator,
         )
-        self.sparsity = sparsity(config, config.k_of(index, count))
+        rows = self.scheme.prepare(rows, x, generator)
+        self.sparsity = sparsity(config, config.k_of(index, count), mesh)
         self.W_enc = nn.Parameter(rows.W_enc)
-        W_dec = torch.zeros(config.n_features, *y.shape[1:])
+        W_dec = torch.zeros(len(rows.W_dec), *y.shape[1:])
         W_dec[:, : own.shape[1]] = rows.W_dec.unflatten(1, own.shape[1:]) / (shared if own is y else 1)
         self.W_dec = nn.Parameter(W_dec)
         self.b_enc = nn.Parameter(rows.b_enc)
         self.W_skip = nn.Parameter(torch.zeros(y.shape[2], x.shape[1])) if plan.skip else None
-        self.register_buffer("since_fired", torch.zeros(config.n_features))
+        self.register_buffer("since_fired", torch.zeros(held.stop - held.start))
         with torch.no_grad():
             self.b_enc.copy_(self.sparsity.prepare(x, self.encoder()))
 
@@ -91,26 +103,31 @@ class Coder(nn.Module):
 
     def encoder(self) -> Encoder:
         """The encoder as it is, without gradients."""
-        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.norms().detach())
+        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.norms().detach(), self.scheme)
 
     def forward(self, x: Float[Tensor, "tokens d_in"], *, generator: torch.Generator, memory: float) -> Pass:
         """Encode and decode scaled inputs; moves running thresholds (kept with weight `memory`) and firing counters."""
+        x = self.mesh.features.share(x)
         active = self.sparsity.select(x, self.encoder(), generator=generator, memory=memory)
-        values = encode_active(x, self.W_enc, self.b_enc, active)
+        values = self.scheme.values(x, self.W_enc, self.b_enc, active)
         activations = self.sparsity.activations(values, active)
+        self._observe(activations.detach(), active)
+        if (weight := self.scheme.weight(x)) is not None:
+            activations = activations * weight[active.token]
         parts = decode_active(activations, self.W_dec.flatten(1), active, self.prefixes)
         gate = None
         if isinstance(self.sparsity, GatedSparsity):
             gate = decode_active(torch.relu(values), self.W_dec.detach().flatten(1), active, ())[:, 0]
             gate = gate.unflatten(1, self.W_dec.shape[1:])
         penalty = self.sparsity.extra_loss(values, activations, active, self.norms())
-        self._observe(activations.detach(), active)
+        penalty = penalty + self.scheme.extra_loss(x, self.mesh.data)
         return Pass(parts.unflatten(2, self.W_dec.shape[1:]), active, activations, penalty, gate)
 
     @torch.no_grad()
     def _observe(self, activations: Float[Tensor, " entries"], active: ActiveSet) -> None:
-        fired = torch.bincount(active.feature[activations != 0], minlength=len(self.b_enc)) > 0
-        self.since_fired.add_(active.n_tokens).masked_fill_(fired, 0)
+        fired = torch.bincount(active.feature[activations != 0], minlength=len(self.W_dec)) > 0
+        fired = self.mesh.data.any(fired)
+        self.since_fired.add_(active.n_tokens * self.mesh.data.size).masked_fill_(fired, 0)
         self.sparsity.observe(activations, active, fired)
 
     def skip(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_out"] | float:
@@ -126,17 +143,25 @@ class Coder(nn.Module):
     def dead_loss(
         self, x: Float[Tensor, "tokens d_in"], error: Float[Tensor, "tokens n_writes d_out"], generator: torch.Generator
     ) -> Tensor:
-        """The loss that the remedy for dead features adds; `error`, what the living missed, is held fixed."""
+        """The loss that the remedy for dead features adds, those of all processes together; `error`, what the living
+        missed, is held fixed.
+        """
         if self.dead not in remedies.LOSSES:
             return error.new_zeros(())
         dead = self.is_dead().nonzero().flatten()
-        if len(dead) == 0:
+        count, data = self.mesh.features.count(len(dead)), self.mesh.data
+        if count == 0:
             return error.new_zeros(())
-        rows = torch.randperm(len(x), generator=generator)[: remedies.ROWS]
-        missed = error[rows].detach().flatten(1)
-        dead_rows = (self.W_enc[dead], self.b_enc[dead], self.W_dec[dead].flatten(1))
-        level = self.sparsity.levels(self.encoder())[dead]
-        return remedies.LOSSES[self.dead](remedies.Dead(*dead_rows, x[rows].detach(), missed, self.dead_k, level))
+        chosen = torch.randperm(len(x) * data.size, generator=generator)[: remedies.ROWS]
+        rows = data.tokens_of(chosen)
+        seen, missed = x[rows].detach(), error[rows].detach().flatten(1)
+        pre = self.scheme.dense(seen, self.W_enc, self.b_enc, dead)
+        if (weight := self.scheme.weight(seen)) is not None:
+            pre = pre * weight[:, None]
+        W_dec, level = self.W_dec[dead].flatten(1), self.sparsity.levels(self.encoder())[dead]
+        return remedies.LOSSES[self.dead](
+            remedies.Dead(pre, W_dec, missed, self.dead_k, level, n_dead=count, rows=len(chosen), mesh=self.mesh)
+        )
 
     @torch.no_grad()
     def resample(
@@ -148,11 +173,22 @@ class Coder(nn.Module):
         generator: torch.Generator,
     ) -> int:
         """Let dead features start again at tokens that are badly rebuilt, their optimiser state at zero; how many."""
-        dead = self.is_dead()
-        if self.dead != "resample" or not dead.any():
+        if self.dead != "resample":
             return 0
+        dead, axis = self.is_dead(), self.mesh.features
+        counts = axis.gathered(dead.sum()).tolist()
+        if not sum(counts):
+            return 0
+        before = sum(counts[: axis.place])
         fresh = remedies.resampled(
-            int(dead.sum()), x, error.flatten(1), living=self.W_enc[~dead], same=self.same, generator=generator
+            sum(counts),
+            x,
+            error.flatten(1),
+            living=self.W_enc[~dead],
+            same=self.same,
+            own=slice(before, before + counts[axis.place]),
+            mesh=self.mesh,
+            generator=generator,
         )
         new = {self.W_enc: fresh.W_enc, self.W_dec: fresh.W_dec.unflatten(1, self.W_dec.shape[1:])}
         new |= {parameter: parameter.new_full((), value) for parameter, value in self.sparsity.fresh().items()}
@@ -164,7 +200,7 @@ class Coder(nn.Module):
                     state[dead] = 0
         self.b_enc[dead] += self.sparsity.levels(self.encoder())[dead]  # so that it fires where it starts again
         self.since_fired[dead] = 0
-        return int(dead.sum())
+        return sum(counts)
 
     # ---- the end
 
@@ -179,7 +215,14 @@ class Coder(nn.Module):
         self.sparsity.calibrate(x, self.encoder())
 
     def export(self) -> tuple[Exported, Float[Tensor, "n_features n_writes d_out"]]:
-        """Encoder and activation function, and decoder rows, of norm 1 where the sparsity allows it."""
-        exported = self.sparsity.export(self.encoder())
+        """Encoder and activation function, and decoder rows, of norm 1 where the sparsity allows it; whole in the first
+        process of those that hold the features.
+        """
+        exported, collected = self.sparsity.export(self.encoder()), self.mesh.features.collected
         W_dec = self.W_dec.detach()
-        return exported, W_dec / self.norms().detach()[:, None, None] if exported.unit_rows else W_dec.clone()
+        W_dec = W_dec / self.norms().detach()[:, None, None] if exported.unit_rows else W_dec.clone()
+        activation = exported.activation
+        if self.mesh.features.size > 1 and isinstance(activation, JumpReLU) and activation.threshold.ndim:
+            activation = JumpReLU(collected(activation.threshold))
+        whole = Exported(collected(exported.W_enc), collected(exported.b_enc), activation, exported.unit_rows)
+        return whole, collected(W_dec)

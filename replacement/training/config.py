@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 from replacement.errors import InputError
@@ -19,6 +20,8 @@ SPARSITIES = ("batchtopk", "topk", "relu", "jumprelu", "gated")
 """How features are kept few; `replacement.training.sparsity` holds the meaning."""
 PENALISED = ("relu", "jumprelu", "gated")
 """Sparsities that a penalty brings about; a controller moves its weight until `k` features a token fire."""
+ENCODERS = ("linear", "switch", "kronecker")
+"""How features are made of encoder rows; `replacement.training.schemes` holds the meaning."""
 DEAD = ("auxk", "resample", "ghost", "preactivation", "none")
 """What is done for dead features; `replacement.training.dead` holds the meaning."""
 STARTS = ("random", "samples", "clusters")
@@ -71,6 +74,16 @@ class TrainingConfig(Settings):
     """Sizes of nested dictionaries that must each reconstruct (Matryoshka), ascending, all below n_features; () for
     none.
     """
+    encoder: str = "linear"
+    """How features are made of encoder rows: linear (one each), switch (one expert a token, chosen by a router) or
+    kronecker (pairs of rows); the last two with batchtopk and topk.
+    """
+    experts: int = 8
+    """Of switch: groups that the features are divided into."""
+    balance_weight: float = 0.03
+    """Of switch: weight of the loss that keeps experts evenly used."""
+    pairs: tuple[int, int] = (2, 4)
+    """Of kronecker: rows a head of either kind; m and n rows make m * n features."""
     start: str = "random"
     """Where features start: random directions, sampled tokens, or clusters of tokens."""
     skip_starts: float = 0.0
@@ -105,7 +118,8 @@ class TrainingConfig(Settings):
     """Seed of initialisation, shuffling and sampling."""
 
     def __post_init__(self) -> None:
-        for name, known in (("kind", KINDS), ("sparsity", SPARSITIES), ("dead", DEAD), ("start", STARTS)):
+        named = {"kind": KINDS, "sparsity": SPARSITIES, "encoder": ENCODERS, "dead": DEAD, "start": STARTS}
+        for name, known in named.items():
             if getattr(self, name) not in known:
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)!r}): needs one of {', '.join(known)}")
         if self.penalty not in ("tanh", "quadratic"):
@@ -119,9 +133,13 @@ class TrainingConfig(Settings):
                 f"TrainingConfig(prefixes={self.prefixes}): needs ascending sizes in 1..{self.n_features - 1}; "
                 "leave n_features itself out"
             )
-        if self.k == () or any(
-            not 0 < k <= self.n_features for k in (self.k if isinstance(self.k, tuple) else (self.k,))
-        ):
+        sizes = [b - a for a, b in pairwise((0, *self.prefixes, self.n_features))]
+        if self.start == "clusters" and max(sizes) > sizes[-1]:
+            raise InputError(
+                f"TrainingConfig(start='clusters', prefixes={self.prefixes}): its parts have {sizes} features and the "
+                "last must be the largest, since the others merge its clusters; lower the last prefix"
+            )
+        if self.k == () or any(not 0 < k <= self.n_features for k in self._all_k):
             raise InputError(f"TrainingConfig(k={self.k}): needs between 1 and n_features = {self.n_features}")
         if not 0 <= self.floor < 1:
             raise InputError(f"TrainingConfig(floor={self.floor}): must be in [0, 1); for 20 percent pass 0.2")
@@ -143,8 +161,32 @@ class TrainingConfig(Settings):
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must be in [0, 1]")
         if not 0 <= self.seed < 1 << 31:
             raise InputError(f"TrainingConfig(seed={self.seed}): needs a whole number in 0..{(1 << 31) - 1}")
-        if self.warmup_steps < 0 or self.dead_weight < 0:
-            raise InputError("TrainingConfig(warmup_steps, dead_weight): must not be negative")
+        if self.warmup_steps < 0 or self.dead_weight < 0 or self.balance_weight < 0:
+            raise InputError("TrainingConfig(warmup_steps, dead_weight, balance_weight): must not be negative")
+        if self.encoder != "linear":
+            self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        """Raise InputError for what a switch or Kronecker encoder cannot be combined with."""
+        own = f"TrainingConfig(encoder={self.encoder!r}"
+        fits = {"sparsity": ("batchtopk", "topk"), "start": ("random", "samples"), "dead": ("auxk", "none")}
+        for name, known in fits.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{own}, {name}={getattr(self, name)!r}): takes {name} {' or '.join(known)}")
+        if self.encoder == "switch":
+            if self.experts < 1 or self.n_features % self.experts:
+                raise InputError(f"{own}, experts={self.experts}): needs a divisor of n_features = {self.n_features}")
+            if self.sparsity == "topk" and max(self._all_k) > self.n_features // self.experts:
+                size = self.n_features // self.experts
+                raise InputError(f"{own}, k={self.k}): an expert has {size} features; needs k of at most that")
+            if self.prefixes:
+                raise InputError(f"{own}, prefixes={self.prefixes}): experts have no order to nest by; leave it out")
+        elif len(self.pairs) != 2 or min(self.pairs) < 1 or self.n_features % (self.pairs[0] * self.pairs[1]):
+            raise InputError(f"{own}, pairs={self.pairs}): needs two numbers whose product divides {self.n_features}")
+
+    @property
+    def _all_k(self) -> tuple[int, ...]:
+        return self.k if isinstance(self.k, tuple) else (self.k,)
 
     @property
     def steps(self) -> int:

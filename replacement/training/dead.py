@@ -20,40 +20,55 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from replacement.training.parallel import Mesh
+
 ROWS = 512
 """Tokens that a remedy looks at in one step."""
 _ENCODER_SHARE = 0.2  # norm of a resampled encoder row, in mean norms of the living
 
 
 class Dead(NamedTuple):
-    """The dead features of one dictionary, with the tokens that are looked at."""
+    """The dead features of one dictionary that this process holds, with those tokens looked at that it sees."""
 
-    W_enc: Float[Tensor, "dead d_in"]
-    b_enc: Float[Tensor, " dead"]
+    pre: Float[Tensor, "rows dead"]  #: pre-activations, with gradients
     W_dec: Float[Tensor, "dead d_out"]
-    x: Float[Tensor, "rows d_in"]
     error: Float[Tensor, "rows d_out"]  #: what the living missed, a constant
     k: int
     level: Float[Tensor, " dead"]  #: pre-activation above which each fires
+    n_dead: int  #: dead features of all processes
+    rows: int  #: tokens looked at by all processes
+    mesh: Mesh
 
 
 def _auxk(dead: Dead) -> Tensor:
-    pre = F.relu(F.linear(dead.x, dead.W_enc, dead.b_enc))
-    least = pre.detach().topk(min(dead.k, pre.shape[1]), dim=1).values[:, -1:]
-    return (dead.error - (pre * (pre >= least)) @ dead.W_dec).pow(2).mean()
+    pre = F.relu(dead.pre)
+    least = dead.mesh.features.largest(pre.detach(), min(dead.k, dead.n_dead))[:, -1:]
+    rebuilt = dead.mesh.features.add((pre * (pre >= least)) @ dead.W_dec)
+    return _mean((dead.error - rebuilt).pow(2), dead)
 
 
 def _ghost(dead: Dead) -> Tensor:
-    fired = F.linear(dead.x, dead.W_enc, dead.b_enc).clamp_max(10.0).exp()
-    rebuilt = fired @ dead.W_dec
+    fired = dead.pre.clamp_max(10.0).exp()
+    rebuilt = dead.mesh.features.add(fired @ dead.W_dec)
     size = dead.error.norm(dim=1, keepdim=True) / (2 * rebuilt.detach().norm(dim=1, keepdim=True) + 1e-8)
-    loss = (dead.error - rebuilt * size).pow(2).mean()
-    return loss * (dead.error.pow(2).mean() / (loss.detach() + 1e-8))
+    loss = _mean((dead.error - rebuilt * size).pow(2), dead)
+    missed, now = (dead.mesh.data.average(each.detach()) for each in (_mean(dead.error.pow(2), dead), loss))
+    return loss * (missed / (now + 1e-8))
 
 
 def _preactivation(dead: Dead) -> Tensor:
-    pre = F.linear(dead.x, dead.W_enc, dead.b_enc)
-    return (F.relu(dead.level - pre) * dead.W_dec.norm(dim=1)).mean()
+    short = F.relu(dead.level - dead.pre) * dead.W_dec.norm(dim=1)
+    return dead.mesh.features.add(_mean(short, dead, width=dead.n_dead))
+
+
+def _mean(x: Float[Tensor, "rows columns"], dead: Dead, *, width: int = 0) -> Float[Tensor, ""]:
+    """The mean over rows that are spread over processes, as a loss: the mean over processes of what each returns.
+
+    width: columns of all processes where those are spread too; 0 for `x`'s own.
+    """
+    if dead.mesh.world.size == 1:
+        return x.mean()
+    return x.sum() * (dead.mesh.data.size / (dead.rows * (width or x.shape[1])))
 
 
 LOSSES: dict[str, Callable[[Dead], Tensor]] = {"auxk": _auxk, "ghost": _ghost, "preactivation": _preactivation}
@@ -75,16 +90,22 @@ def resampled(
     *,
     living: Float[Tensor, "alive d_in"],
     same: bool,
+    own: slice,
+    mesh: Mesh,
     generator: torch.Generator,
 ) -> Fresh:
     """Rows at tokens drawn by their squared error: the decoder along the error, the encoder along the input.
 
-    living: encoder rows of the features that fire. same: whether the dictionary writes where it reads; then the encoder
-    reads the error's direction.
+    n: dead features of all processes. x, error, living: inputs, what was missed, and encoder rows of the features that
+    fire, as far as this process has them. same: whether the dictionary writes where it reads; then the encoder reads
+    the error's direction. own: which of the n this process holds.
     """
-    chosen: Int[Tensor, " dead"] = torch.multinomial(error.pow(2).sum(1) + 1e-12, n, True, generator=generator)
-    W_dec = F.normalize(error[chosen], dim=1)
-    length = _ENCODER_SHARE * (living.norm(dim=1).mean() if len(living) else x.new_ones(()))
-    towards = W_dec if same else F.normalize(x[chosen] - x.mean(0), dim=1)
+    badness = mesh.data.fetched(error.pow(2).sum(1), torch.arange(len(x) * mesh.data.size))
+    chosen: Int[Tensor, " dead"] = torch.multinomial(badness + 1e-12, n, True, generator=generator)[own]
+    W_dec = F.normalize(mesh.data.fetched(error, chosen), dim=1)
+    alive, lengths = mesh.features.count(len(living)), mesh.features.total(living.norm(dim=1).sum())
+    length = _ENCODER_SHARE * (lengths / alive if alive else x.new_ones(()))
+    mean = mesh.data.average(x.mean(0))
+    towards = W_dec if same else F.normalize(mesh.data.fetched(x, chosen) - mean, dim=1)
     W_enc = towards * length
-    return Fresh(W_enc, 0.1 * length - W_enc @ x.mean(0), W_dec)
+    return Fresh(W_enc, 0.1 * length - W_enc @ mean, W_dec)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from replacement.errors import InputError
 from replacement.substitution import Replacement
-from replacement.training.checkpoint import read_checkpoint, write_checkpoint
+from replacement.training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
 from replacement.training.coder import Coder
 from replacement.training.config import EndToEndConfig
+from replacement.training.parallel import Axis
 from replacement.training.report import Clock, Listener, Record, bar_listener
 from replacement.training.source import Activations
-from replacement.training.trainee import Trainee
+from replacement.training.trainee import Trainee, l0, unexplained
 
 
 class TokenBatch(NamedTuple):
@@ -63,8 +64,12 @@ class _Forward:
         self.trainee, self.original, self.config, self.generator, self.kept = trainee, original, config, generator, kept
         self.parts: dict[str, list[Tensor]] = {name: [] for name in trainee.written}
         self.gates: dict[str, list[Tensor]] = {name: [] for name in trainee.written}
+        self.axis, whole = trainee.mesh.features, trainee.mesh.features.size > 1
+        self.skips = {name: list[Tensor]() for name in trainee.written} if whole else self.parts  # all processes alike
+        self.gate_skips = {name: list[Tensor]() for name in trainee.written} if whole else self.gates
         self.inputs: list[tuple[Coder, Tensor]] = []
         self.losses: list[Tensor] = []
+        self.errors: dict[str, Tensor] = {}  # what was missed at the written hooks that the model has come by
         self.l0: list[Tensor] = []
         self.fvu: list[Tensor] = []
         self.shape: tuple[int, ...] = ()
@@ -82,28 +87,34 @@ class _Forward:
         trainee = self.trainee
         if name not in self.parts:
             return None
-        out = trainee.bias(name)[None, None] + torch.stack(self.parts[name]).sum(0)
+        out = trainee.bias(name)[None, None] + self._sum(self.parts, self.skips, name)
         error = self.original[name].float()[:, None] * trainee.scale_of(name) - out
         self.losses.append(self.config.reconstruction_weight * error.pow(2).mean())
         wanted = self.original[name].float() * trainee.scale_of(name)
         if self.gates[name]:
-            alone = trainee.bias(name).detach() + torch.stack(self.gates[name]).sum(0)
+            alone = trainee.bias(name).detach() + self._sum(self.gates, self.gate_skips, name)
             self.losses.append(self.config.reconstruction_weight * (wanted - alone).pow(2).mean())
-        self.fvu.append(error[:, -1].detach().pow(2).sum() / (wanted - wanted.mean(0)).pow(2).sum().clamp_min(1e-12))
+        self.fvu.append(unexplained(error[:, -1].detach(), wanted, trainee.mesh.data))
+        self.errors[name] = error[:, -1].detach()
         if self.config.aux_weight:
             for coder, x in self.inputs:
-                if coder.plan.writes == (name,):
-                    self.losses.append(self.config.aux_weight * coder.dead_loss(x, error[:, -1:], self.generator))
+                if coder.plan.writes[-1] == name:  # the model has come by all that it writes
+                    missed = self.trainee.error_of(coder, self.errors)
+                    self.losses.append(self.config.aux_weight * coder.dead_loss(x, missed, self.generator))
         if name in self.kept:
             return None
         return (out[:, -1] / trainee.scale_of(name)).view(*self.shape, -1)
 
+    def _sum(self, parts: dict[str, list[Tensor]], skips: dict[str, list[Tensor]], name: str) -> Tensor:
+        out = self.axis.add(torch.stack(parts[name]).sum(0))
+        return out if skips is parts or not skips[name] else out + torch.stack(skips[name]).sum(0)
+
     def _run(self, coder: Coder, x: Tensor) -> None:
         if self.config.input_noise and coder.W_enc.requires_grad:
-            x = x + self.config.input_noise * torch.randn(x.shape, generator=self.generator)
+            x = x + self.config.input_noise * self._noise(x)
         one = coder(x, generator=self.generator, memory=self.config.threshold_memory)
         self.inputs.append((coder, x))
-        self.l0.append((one.activations.detach() != 0).sum() / one.active.n_tokens)
+        self.l0.append(l0(one, self.trainee.mesh))
         self.losses.append(torch.as_tensor(one.penalty))
         for j, name in enumerate(coder.plan.writes):
             self.parts[name].append(one.parts[:, :, j])
@@ -111,9 +122,14 @@ class _Forward:
                 self.gates[name].append(one.gate[:, j])
         if coder.W_skip is not None:
             skip = torch.as_tensor(coder.skip(x))
-            self.parts[coder.plan.writes[0]].append(skip[:, None].expand_as(one.parts[:, :, 0]))
+            self.skips[coder.plan.writes[0]].append(skip[:, None].expand_as(one.parts[:, :, 0]))
             if one.gate is not None:
-                self.gates[coder.plan.writes[0]].append(skip.detach())
+                self.gate_skips[coder.plan.writes[0]].append(skip.detach())
+
+    def _noise(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
+        data = self.trainee.mesh.data
+        drawn = torch.randn(len(x) * data.size, x.shape[1], generator=self.generator)
+        return drawn if data.size == 1 else drawn[data.sees(torch.arange(len(drawn)))]
 
 
 def train_end_to_end(
@@ -137,6 +153,7 @@ def train_end_to_end(
     reads the original's activations.
 
     batch: documents by number; step n uses batch n. checkpoint, checkpoint_every, stop_after, listeners: as in `train`.
+    Several processes, those of the trainee's mesh, share the documents of a batch.
     """
     layers = tuple(coder.layer for coder in trainee)
     chosen = config.layers or layers
@@ -144,6 +161,11 @@ def train_end_to_end(
         raise InputError(
             f"train_end_to_end(layers={config.layers}, k={config.k}): the dictionaries read layers {layers} and have "
             f"{trainee.config.n_features} features"
+        )
+    mesh = trainee.mesh
+    if config.documents % mesh.data.size:
+        raise InputError(
+            f"train_end_to_end(documents={config.documents}): {mesh.data.size} processes share a batch; pass a multiple"
         )
     trainee.requires_grad_(False)
     for coder in trainee:
@@ -154,20 +176,21 @@ def train_end_to_end(
         bias.requires_grad_(any(coder.layer in chosen and name in _own(coder) for coder in trainee))
     optimizer = torch.optim.Adam(trainee.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), fused=True)
     done = 0
-    if checkpoint is not None and checkpoint.exists():
+    if checkpoint is not None and has_checkpoint(checkpoint):
         done, _ = read_checkpoint(checkpoint, trainee=trainee, optimizer=optimizer, config=config)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     clock = Clock()
-    with bar_listener("end to end", done=done, steps=config.steps, show=show_progress) as bar:
+    with bar_listener("end to end", done=done, steps=config.steps, show=show_progress and mesh.is_first) as bar:
         for step in range(done, last):
             rise, fall = min(1.0, (step + 1) / max(1, config.warmup_steps)), 1 - step / config.steps
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * rise * fall
             record = _update(model, trainee, batch(step), optimizer, step=step, config=config, clock=clock)
-            for listener in (bar, *listeners):
+            for listener in (bar, *listeners) if mesh.is_first else ():
                 listener(record)
             if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == last):
                 write_checkpoint(checkpoint, trainee=trainee, optimizer=optimizer, step=step + 1, config=config)
+    trainee.use(mesh)
 
 
 def _update(
@@ -182,39 +205,46 @@ def _update(
 ) -> Record:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     where = batch.answer | (torch.rand(batch.answer.shape, generator=generator) < config.other_share)
+    seen = batch.tokens.numel()
+    data = trainee.mesh.data
+    batch, where = TokenBatch(*(each[data.place :: data.size] for each in batch)), where[data.place :: data.size]
     with torch.no_grad():
         wanted, activations = model.original(batch.tokens, where)
+    trainee.use(trainee.mesh.with_runs(len(next(iter(activations.values()))) // len(batch.tokens)))
     forward = _Forward(trainee, activations, config=config, generator=generator)
-    kl = _divergence(model.replaced(batch.tokens, where, forward), wanted)
+    kl = _divergence(model.replaced(batch.tokens, where, forward), wanted, data)
     total = config.kl_weight * kl + torch.stack(forward.losses).sum() / len(trainee.written)
     if config.bridging_weight:
         drawn = torch.rand(len(trainee.written), generator=generator) < 0.5
         kept = frozenset(name for name, keep in zip(trainee.written, drawn.tolist(), strict=True) if keep)
-        mixed = _Forward(trainee, activations, config=config, generator=generator, kept=kept)
-        total = total + config.bridging_weight * _divergence(model.replaced(batch.tokens, where, mixed), wanted)
-    if not torch.isfinite(total):
+        with trainee.unmoved():
+            mixed = _Forward(trainee, activations, config=config, generator=generator, kept=kept)
+            half = _divergence(model.replaced(batch.tokens, where, mixed), wanted, data)
+        total = total + config.bridging_weight * half
+    value = data.average(total.detach())
+    if not torch.isfinite(value):
         raise InputError(
             f"train_end_to_end: the loss is not finite at step {step + 1}; lower learning_rate and go on from the last "
             "checkpoint"
         )
     optimizer.zero_grad(set_to_none=True)
     total.backward()
-    nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+    trainee.settle_gradients(longest=1.0)
     optimizer.step()
-    seconds, speed = clock.tick(batch.tokens.numel())
+    seconds, speed = clock.tick(seen)
     return Record(
         stage="end to end",
         step=step + 1,
         steps=config.steps,
-        tokens=(step + 1) * batch.tokens.numel(),
-        loss=total.item(),
+        tokens=(step + 1) * seen,
+        loss=value.item(),
         fvu=torch.stack(forward.fvu).mean().item(),
         l0=torch.stack(forward.l0).mean().item(),
-        dead=torch.stack([coder.is_dead().float().mean() for coder in trainee]).mean().item(),
+        dead=trainee.dead().item(),
         learning_rate=optimizer.param_groups[0]["lr"],
         seconds=seconds,
         tokens_per_second=speed,
-        kl=kl.item(),
+        kl=data.average(kl.detach()).item(),
     )
 
 
@@ -223,6 +253,7 @@ def _own(coder: Coder) -> tuple[str, ...]:
     return coder.plan.writes if len(coder.plan.reads) > 1 else coder.plan.writes[:1]
 
 
-def _divergence(logits: Tensor, wanted: Tensor) -> Float[Tensor, ""]:
+def _divergence(logits: Tensor, wanted: Tensor, data: Axis) -> Float[Tensor, ""]:
+    """KL(wanted || logits), the mean over the chosen positions of all processes: of what each returns the mean."""
     logs = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
-    return nn.functional.kl_div(*logs, log_target=True, reduction="batchmean")
+    return nn.functional.kl_div(*logs, log_target=True, reduction="sum") / (data.count(len(logits)) / data.size)

@@ -23,6 +23,7 @@ from replacement.activation import Activation
 from replacement.cross_layer import CrossLayerTranscoder
 from replacement.crosscoder import Crosscoder
 from replacement.dictionary import LinearEncoder
+from replacement.encoding import Encoding
 from replacement.errors import InputError
 from replacement.sites import hook_name
 from replacement.training.config import TrainingConfig
@@ -45,12 +46,13 @@ class Plan(NamedTuple):
 class Weights(NamedTuple):
     """Tensors of a trained dictionary on unscaled activations."""
 
-    W_enc: Float[Tensor, "n_features d_in"]
-    b_enc: Float[Tensor, " n_features"]
+    W_enc: Float[Tensor, "rows d_in"]
+    b_enc: Float[Tensor, " rows"]
     W_dec: Float[Tensor, "n_features n_writes d_out"]
     b_dec: Float[Tensor, "n_writes d_out"]
     W_skip: Float[Tensor, "d_out d_in"] | None
     activation: Activation
+    encoding: Encoding
 
 
 def hook(layer: int, site: str, model: str = "") -> str:
@@ -125,9 +127,11 @@ def build(plan: Plan, weights: Weights) -> LinearEncoder:
             W_dec=weights.W_dec,
             b_dec=weights.b_dec,
             activation=weights.activation,
+            encoding=weights.encoding,
         )
     common: dict[str, Any] = {"layer": plan.layer, "read": read, "write": write, "b_dec": weights.b_dec[0]}
-    common |= {"W_enc": weights.W_enc, "b_enc": weights.b_enc, "activation": weights.activation}
+    common |= {"W_enc": weights.W_enc, "b_enc": weights.b_enc}
+    common |= {"activation": weights.activation, "encoding": weights.encoding}
     if not plan.across:
         return Transcoder(**common, W_dec=weights.W_dec[:, 0].contiguous(), W_skip=weights.W_skip)
     return CrossLayerTranscoder(**common, W_dec=weights.W_dec)

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from replacement.errors import InputError
-from replacement.training.checkpoint import read_checkpoint, write_checkpoint
+from replacement.training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
 from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan
+from replacement.training.parallel import ALONE, Mesh
 from replacement.training.report import Clock, Listener, Record, bar_listener
 from replacement.training.source import ActivationSource, Stream
 from replacement.training.trainee import Losses, Trainee
@@ -33,6 +34,7 @@ def train(
     stop_after: int | None = None,
     listeners: Sequence[Listener] = (),
     show_progress: bool = True,
+    mesh: Mesh = ALONE,
 ) -> Trainee:
     """Train the planned dictionaries.
 
@@ -41,25 +43,28 @@ def train(
 
     source: activations, by number. planned: as from `kinds.plans`. checkpoint: file to go on from if it exists, and to
     write every `checkpoint_every` steps; a run that stopped, or was killed, and went on gives the same tensors as one
-    that did not. stop_after: leave after this many steps in all. listeners: called with a `Record` after every step.
+    that did not. stop_after: leave after this many steps in all. listeners: called with a `Record` after every step, in
+    the first process. mesh: processes that train together, all of which call this; the batches, the losses and the
+    dictionaries are those of one process, but for rounding, and a run may go on with another number of processes.
     Raises `InputError` when the checkpoint belongs to other settings, when activations are not finite, or when the disk
     is full; the last checkpoint stays.
     """
-    stream = Stream(source, buffer_bytes=config.buffer_bytes, batch_tokens=config.batch_tokens, seed=config.seed)
-    trainee = Trainee(planned, stream.sample(_START_TOKENS), config)
-    parameters = list(trainee.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.betas, fused=True)
+    stream = Stream(
+        source, buffer_bytes=config.buffer_bytes, batch_tokens=config.batch_tokens, seed=config.seed, mesh=mesh
+    )
+    trainee = Trainee(planned, stream.sample(_START_TOKENS), config, mesh)
+    optimizer = torch.optim.Adam(trainee.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
     done = 0
-    if checkpoint is not None and checkpoint.exists():
+    if checkpoint is not None and has_checkpoint(checkpoint):
         done, stream.position = read_checkpoint(checkpoint, trainee=trainee, optimizer=optimizer, config=config)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     clock = Clock()
-    with bar_listener("reconstruction", done=done, steps=config.steps, show=show_progress) as bar:
+    with bar_listener("reconstruction", done=done, steps=config.steps, show=show_progress and mesh.is_first) as bar:
         for step in range(done, last):
             rate = config.learning_rate * learning_rate_factor(step, config)
             losses, total = _update(trainee, optimizer, stream, step=step, rate=rate, config=config)
             record = _record(losses, total, trainee, step=step + 1, rate=rate, clock=clock, config=config)
-            for listener in (bar, *listeners):
+            for listener in (bar, *listeners) if mesh.is_first else ():
                 listener(record)
             if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == last):
                 write_checkpoint(
@@ -70,7 +75,8 @@ def train(
                     config=config,
                     position=stream.position,
                 )
-    trainee.calibrate({name: tensor[:_CALIBRATION_TOKENS] for name, tensor in stream.peek().items()})
+    rows = mesh.data.tokens_of(torch.arange(min(_CALIBRATION_TOKENS, config.batch_tokens)))
+    trainee.calibrate({name: tensor[rows] for name, tensor in stream.peek().items()})
     return trainee
 
 
@@ -98,19 +104,20 @@ def _update(
             coder.W_skip.requires_grad_(step >= config.skip_starts * config.steps)
     losses = trainee(batch, generator=generator, memory=config.threshold_memory)
     total = losses.reconstruction + losses.penalty + config.dead_weight * losses.dead
-    if not torch.isfinite(total):
-        _explain(batch, step)
+    value = trainee.mesh.data.average(total.detach())
+    if not torch.isfinite(value):
+        _explain(batch, step, trainee.mesh)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     total.backward()
-    nn.utils.clip_grad_norm_(trainee.parameters(), _CLIP)
+    trainee.settle_gradients(longest=_CLIP)
     optimizer.step()
     if config.dead == "resample" and _resamples(step, config):
         for coder in trainee:
             error = trainee.error_of(coder, losses.errors)
             coder.resample(trainee.read(coder, batch), error, optimizer=optimizer, generator=generator)
-    return losses, total.detach()
+    return losses, value
 
 
 def _resamples(step: int, config: TrainingConfig) -> bool:
@@ -119,9 +126,9 @@ def _resamples(step: int, config: TrainingConfig) -> bool:
     return (step + 1) % every == 0 and step < config.steps * (1 - config.decay_fraction)
 
 
-def _explain(batch: dict[str, Tensor], step: int) -> None:
+def _explain(batch: dict[str, Tensor], step: int, mesh: Mesh) -> None:
     for name, tensor in batch.items():
-        if not torch.isfinite(tensor).all():
+        if mesh.world.any(~torch.isfinite(tensor).all()):
             raise InputError(
                 f"train: activations at {name} are not finite (NaN or inf) at step {step + 1}; "
                 "check the model and the data, then go on from the last checkpoint"
@@ -135,7 +142,6 @@ def _record(
     losses: Losses, total: Tensor, trainee: Trainee, *, step: int, rate: float, clock: Clock, config: TrainingConfig
 ) -> Record:
     seconds, speed = clock.tick(config.batch_tokens)
-    dead = torch.stack([coder.is_dead().float().mean() for coder in trainee]).mean()
     return Record(
         stage="reconstruction",
         step=step,
@@ -144,7 +150,7 @@ def _record(
         loss=total.item(),
         fvu=losses.fvu.mean().item(),
         l0=losses.l0.mean().item(),
-        dead=dead.item(),
+        dead=trainee.dead().item(),
         learning_rate=rate,
         seconds=seconds,
         tokens_per_second=speed,

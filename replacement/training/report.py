@@ -95,6 +95,8 @@ def dashboard(name: str, folder: Path, settings: dict[str, Any]) -> Listener:
         def scalars(record: Record) -> None:
             for key, value in _numbers(record).items():
                 writer.add_scalar(f"{record.stage}/{key}", value, record.step)
+            if record.step == record.steps:
+                writer.flush()  # what it still holds when the process ends is lost
 
         return scalars
     run = module.init(project="circuits", name=folder.name, config=settings)

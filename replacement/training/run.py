@@ -7,6 +7,7 @@
 | `checkpoints/` | what a stopped run goes on from |
 | `config.json`, `layer_*.safetensors` | the dictionaries, when the run is done |
 
+Several processes, started by `torchrun`, train one run together; the first of them writes all but the checkpoints.
 Knows the order of things; every step is another file's.
 """
 
@@ -31,6 +32,7 @@ from replacement.training.data import BridgeActivations, JointActivations, Token
 from replacement.training.end_to_end import TokenBatch, train_end_to_end
 from replacement.training.kinds import plans, sites
 from replacement.training.pairs import require_comparable
+from replacement.training.parallel import ALONE, Mesh
 from replacement.training.reconstruction import train
 from replacement.training.report import JSONLog, Listener, Record, dashboard
 from replacement.training.source import ActivationSource
@@ -40,8 +42,8 @@ class Finished(NamedTuple):
     """What a run leaves behind."""
 
     folder: Path
-    dictionaries: DictionarySet
-    reconstruction: Record | None  #: the last step of the stage, None where it was done before
+    dictionaries: DictionarySet  #: in the first process; the others have none
+    reconstruction: Record | None  #: the last step of the stage, None where it was done before; in the first process
     end_to_end: Record | None
 
 
@@ -70,13 +72,15 @@ def run(
     dashboards: Sequence[str] = (),
     checkpoint_every: int = 200,
     show_progress: bool = True,
+    mesh: Mesh = ALONE,
 ) -> Finished:
     """Train what `config` asks for on a bridge's activations, in the folder `out`; a stopped run goes on from there.
 
     bridge: a model, or several by name whose sites one crosscoder reads side by side. model, data: as they were named,
     kept in `training.json`; data as of `open_tokens`. end_to_end: a last stage that brings the replaced model's
     predictions to the original's. context: tokens of a row, at most the models'. documents: rows of one forward pass.
-    activations: a cache to train on instead of the model. dashboards: of `report.DASHBOARDS`.
+    activations: a cache to train on instead of the model. dashboards: of `report.DASHBOARDS`. mesh: processes that
+    train together, all of which call this; as in `train`. A run may go on with another number.
     Raises `InputError` for settings that contradict each other, models that cannot be compared, a folder of another
     run, or bad data.
     """
@@ -90,24 +94,27 @@ def run(
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
     source = activations or _source(bridges, tokens, sites(planned), documents)
     listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last := _Last()]
-    listeners += [dashboard(name, out, settings) for name in dashboards]
-    if is_new:  # everything could be opened: from here on the folder is this run's
+    listeners += [dashboard(name, out, settings) for name in (dashboards if mesh.is_first else ())]
+    mesh.wait()  # all have looked at the folder
+    if is_new and mesh.is_first:  # everything could be opened: from here on the folder is this run's
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "training.json", (json.dumps(settings, indent=1) + "\n").encode())
     watched: Any = {"checkpoint_every": checkpoint_every, "listeners": listeners, "show_progress": show_progress}
-    checkpoints = out / "checkpoints"
-    trainee = train(source, planned, config=config, checkpoint=checkpoints / "reconstruction.safetensors", **watched)
+    checkpoint = out / "checkpoints" / "reconstruction.safetensors"
+    trainee = train(source, planned, config=config, checkpoint=checkpoint, mesh=mesh, **watched)
     if end_to_end is not None:
         train_end_to_end(
             ReplaceableBridge(bridge, sites(planned)),
             trainee,
             partial(_batch, tokens, documents=end_to_end.documents),
             config=end_to_end,
-            checkpoint=checkpoints / "end_to_end.safetensors",
+            checkpoint=checkpoint.with_stem("end_to_end"),
             **watched,
         )
     dictionaries = DictionarySet({one.layer: one for one in trainee.dictionaries()}, out.name, metadata=settings)
-    formats.save(dictionaries, out)
+    if mesh.is_first:
+        formats.save(dictionaries, out)
+    mesh.wait()
     return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"))
 
 

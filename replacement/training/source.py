@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replacement.errors import InputError
+from replacement.training.exchange import Exchange
+from replacement.training.parallel import ALONE, Mesh
 
 Activations = Mapping[str, Float[Tensor, "tokens width"]]
 """Full hook name -> activations of the same tokens."""
@@ -42,51 +44,77 @@ class Stream:
     The buffer holds as many source batches as fit `buffer_bytes` (at least one), is shuffled across all their
     sequences, and is read to its end before the next one is loaded; what does not fill a batch is left out. What comes
     next is a function of source, sizes, seed and position.
+
+    Several processes harvest a buffer together, each its share of the source's batches, hold it together, each the
+    tokens that it sees, and are served their shares of the batches that one process would be served.
     """
 
-    def __init__(self, source: ActivationSource, *, buffer_bytes: int, batch_tokens: int, seed: int) -> None:
-        self.source, self.batch_tokens, self.seed = source, batch_tokens, seed
+    def __init__(
+        self, source: ActivationSource, *, buffer_bytes: int, batch_tokens: int, seed: int, mesh: Mesh = ALONE
+    ) -> None:
+        if batch_tokens % mesh.data.size:
+            raise InputError(
+                f"Stream(batch_tokens={batch_tokens}): {mesh.data.size} processes share a batch; pass a multiple"
+            )
+        self.source, self.batch_tokens, self.seed, self.mesh = source, batch_tokens, seed, mesh
         first = source.batch(0)
+        self._like = {name: tensor[:0].cpu() for name, tensor in first.items()}
         size = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
         self.block_batches = max(1, buffer_bytes // max(1, size))  #: source batches of one buffer
         self.position = Position()
         self._loaded = -1
         self._content: dict[str, Tensor] = {}
         self._order = torch.empty(0, dtype=torch.long)
+        self._tokens = 0
 
-    def next(self) -> dict[str, Float[Tensor, "batch_tokens width"]]:
-        """The next batch."""
+    def next(self) -> dict[str, Float[Tensor, "share width"]]:
+        """The next batch: of its `batch_tokens` tokens those that this process sees."""
         batch = self.peek()
         self.position = self.position._replace(place=self.position.place + 1)
         return batch
 
-    def peek(self) -> dict[str, Float[Tensor, "batch_tokens width"]]:
+    def peek(self) -> dict[str, Float[Tensor, "share width"]]:
         """The next batch, without moving on."""
         self._load(self.position.block)
-        if (self.position.place + 1) * self.batch_tokens > len(self._order):
+        if (self.position.place + 1) * self.batch_tokens > self._tokens:
             self.position = Position(self.position.block + 1)
             self._load(self.position.block)
-        start = self.position.place * self.batch_tokens
-        rows = self._order[start : start + self.batch_tokens]
+        share = self.batch_tokens // self.mesh.data.size
+        start = self.position.place * share
+        rows = self._order[start : start + share]
         return {name: tensor[rows] for name, tensor in self._content.items()}
 
     def sample(self, tokens: int) -> dict[str, Float[Tensor, "tokens width"]]:
-        """Up to so many tokens of the first buffer."""
+        """Up to so many tokens of the first buffer, the same in all processes."""
         self._load(0)
-        rows = self._order[:tokens]
-        return {name: tensor[rows] for name, tensor in self._content.items()}
+        first = torch.arange(min(tokens, self._tokens))
+        if self.mesh.data.size == 1:
+            first = self._order[first]
+        return {name: self.mesh.data.fetched(tensor, first) for name, tensor in self._content.items()}
 
     def _load(self, block: int) -> None:
         if block == self._loaded:
             return
         self._content = {}
-        parts = [self.source.batch(block * self.block_batches + i) for i in range(self.block_batches)]
-        self._content = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-        tokens = len(next(iter(self._content.values())))
-        if tokens < self.batch_tokens:
+        world = self.mesh.world
+        own = range(world.place, self.block_batches, world.size)
+        parts = [self.source.batch(block * self.block_batches + i) for i in own]
+        self._content = {
+            name: torch.cat([like, *(part[name].cpu() for part in parts)]) for name, like in self._like.items()
+        }
+        sizes = torch.zeros(self.block_batches, dtype=torch.long)
+        sizes[world.place :: world.size] = torch.tensor([len(next(iter(part.values()))) for part in parts])
+        sizes = world.total(sizes)
+        self._tokens = int(sizes.sum())
+        if self._tokens < self.batch_tokens:
             raise InputError(
-                f"Stream(batch_tokens={self.batch_tokens}): the buffer holds {tokens} tokens of activations; "
+                f"Stream(batch_tokens={self.batch_tokens}): the buffer holds {self._tokens} tokens of activations; "
                 "raise buffer_bytes or lower batch_tokens"
             )
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
-        self._order, self._loaded = torch.randperm(tokens, generator=generator), block
+        self._order, self._loaded = torch.randperm(self._tokens, generator=generator), block
+        if world.size > 1:
+            holder = torch.arange(self.block_batches).repeat_interleave(sizes) % world.size
+            exchange = Exchange(holder, self._order, self.mesh)
+            self._content = {name: exchange(tensor) for name, tensor in self._content.items()}
+            self._order = torch.arange(len(next(iter(self._content.values()))))

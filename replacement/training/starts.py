@@ -15,39 +15,48 @@ from torch import Tensor
 
 from replacement.training.clusters import Detectors, cluster_detectors
 
+_DRAWN = 1 << 12  # rows drawn at once; pieces of 16 numbers and their multiples equal one draw of all
 _SMALL = 0.1
 """Norm of decoder rows that start at tokens, which are much alike: k of them at full length overshoot k times; and of
 random rows of a dictionary that does not write where it reads.
 """
 
 
-def _random(x: Tensor, y: Tensor, sizes: list[int], same: bool, generator: torch.Generator) -> Detectors:
+def _random(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, generator: torch.Generator) -> Detectors:
     """Directions drawn at random; a dictionary that writes where it reads starts with its decoder as its encoder."""
-    n = sum(sizes)
-    rows = torch.nn.functional.normalize(torch.randn(n, x.shape[1], generator=generator), dim=1)
+    n, none = sum(sizes), torch.zeros(own.stop - own.start)
+    rows = torch.nn.functional.normalize(_drawn(n, x.shape[1], own, generator), dim=1)
     if same:
-        return Detectors(rows, torch.zeros(n), rows.clone())
-    written = torch.nn.functional.normalize(torch.randn(n, y.shape[1], generator=generator), dim=1)
-    return Detectors(rows, torch.zeros(n), _SMALL * written)
+        return Detectors(rows, none, rows.clone())
+    written = torch.nn.functional.normalize(_drawn(n, y.shape[1], own, generator), dim=1)
+    return Detectors(rows, none, _SMALL * written)
 
 
-def _samples(x: Tensor, y: Tensor, sizes: list[int], same: bool, generator: torch.Generator) -> Detectors:
+def _drawn(n: int, width: int, own: slice, generator: torch.Generator) -> Float[Tensor, "own width"]:
+    """Some rows of `torch.randn(n, width)`, the same that drawing all would give, in the memory of few."""
+    kept = []
+    for begin in range(0, n, _DRAWN):
+        piece = torch.randn(min(_DRAWN, n - begin), width, generator=generator)
+        kept.append(piece[max(0, own.start - begin) : max(0, own.stop - begin)])
+    return torch.cat(kept)
+
+
+def _samples(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, generator: torch.Generator) -> Detectors:
     """Directions of tokens of the sample from the mean, each writing what its token wrote."""
-    n = sum(sizes)
-    chosen = torch.randint(len(x), (n,), generator=generator)
+    chosen = torch.randint(len(x), (sum(sizes),), generator=generator)[own]
     rows = torch.nn.functional.normalize(x[chosen] - x.mean(0), dim=1)
     written = torch.nn.functional.normalize(y[chosen] - y.mean(0), dim=1)
     return Detectors(rows, -rows @ x.mean(0), _SMALL * written)
 
 
-def _clusters(x: Tensor, y: Tensor, sizes: list[int], same: bool, generator: torch.Generator) -> Detectors:
+def _clusters(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, generator: torch.Generator) -> Detectors:
     """Detectors of clusters of tokens, coarse to fine by nested prefix."""
     found = cluster_detectors(x, y, sizes=sizes, generator=generator)
-    parts = [torch.cat([each[i] for each in found]) for i in range(3)]
+    parts = [torch.cat([each[i] for each in found])[own] for i in range(3)]
     return Detectors(parts[0], parts[1], parts[2] / len(found))
 
 
-_STARTS: dict[str, Callable[[Tensor, Tensor, list[int], bool, torch.Generator], Detectors]] = {
+_STARTS: dict[str, Callable[[Tensor, Tensor, list[int], bool, slice, torch.Generator], Detectors]] = {
     "random": _random,
     "samples": _samples,
     "clusters": _clusters,
@@ -61,11 +70,13 @@ def start(
     *,
     prefixes: tuple[int, ...],
     same: bool,
+    own: slice,
     generator: torch.Generator,
 ) -> Detectors:
     """Encoder rows and biases, and decoder rows, to start from.
 
-    prefixes: sizes of the nested dictionaries, the whole one last. same: whether what is written is what is read.
+    prefixes: sizes of the nested dictionaries, the whole one last. same: whether what is written is what is read. own:
+    the features wanted; the generator moves as for all of them.
     """
     sizes = [b - a for a, b in pairwise((0, *prefixes))]
-    return _STARTS[name](x, y, sizes, same, generator)
+    return _STARTS[name](x, y, sizes, same, own, generator)

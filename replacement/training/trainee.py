@@ -7,6 +7,7 @@ optimisers, streams or models.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, cast
 
 import torch
@@ -19,29 +20,48 @@ from replacement.training import kinds
 from replacement.training.coder import Coder, Pass
 from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan, Weights
+from replacement.training.parallel import ALONE, Axis, Mesh
 from replacement.training.source import Activations
+from replacement.training.sparsity import Exported
 
 
 class Losses(NamedTuple):
     """The loss of a batch in its parts, and figures of the batch."""
 
-    reconstruction: Float[Tensor, ""]  #: sum over written sites, mean over nested prefixes, in scaled units
+    reconstruction: Float[Tensor, ""]  #: sum over written sites, mean over nested prefixes, in scaled units; the mean
+    #: over processes that see other tokens is the batch's, as for the remedy's
     penalty: Tensor | float
     dead: Tensor | float  #: what the remedy for dead features adds, not yet weighted
-    fvu: Float[Tensor, " n_written"]  #: of this batch
-    l0: Float[Tensor, " n_coders"]  #: of this batch
+    fvu: Float[Tensor, " n_written"]  #: of this batch, of all processes
+    l0: Float[Tensor, " n_coders"]  #: of this batch, of all processes
     errors: dict[str, Float[Tensor, "tokens d_out"]]  #: what the whole dictionaries missed, scaled, constant
 
 
 class Trainee(nn.Module):
-    """The dictionaries of one run."""
+    """The dictionaries of one run, as far as this process holds them: of every dictionary all that has no feature
+    axis, and the features that are its own.
+    """
 
     scale: Tensor  # [n_sites], activations times it have norm sqrt(width) on average
 
-    def __init__(self, planned: Sequence[Plan], sample: Activations, config: TrainingConfig) -> None:
-        """Start from a sample of activations: scales and output means from it, features as `config.start` says."""
+    def __init__(
+        self, planned: Sequence[Plan], sample: Activations, config: TrainingConfig, mesh: Mesh = ALONE
+    ) -> None:
+        """Start from a sample of activations, the same in all processes: scales and output means from it, features as
+        `config.start` says. Raises `InputError` where the features cannot be spread, or not evenly.
+        """
         super().__init__()
-        self.planned, self.config = tuple(planned), config
+        if config.n_features % mesh.features.size:
+            raise InputError(
+                f"train(n_features={config.n_features}): {mesh.features.size} processes share the features; "
+                "pass a multiple"
+            )
+        if config.encoder != "linear" and mesh.features.size > 1:
+            raise InputError(
+                f"train(encoder={config.encoder!r}): {mesh.features.size} processes share the features, and its "
+                "features belong together; leave --feature-shards out, or pass encoder='linear'"
+            )
+        self.planned, self.config, self.mesh = tuple(planned), config, mesh
         self.sites = kinds.sites(planned)
         self.written = tuple(dict.fromkeys(name for plan in planned for name in plan.writes))
         if missing := [name for name in self.sites if name not in sample]:
@@ -65,6 +85,7 @@ class Trainee(nn.Module):
                 index=index,
                 count=len(planned),
                 shared=sum(plan.writes[-1] in other.writes for other in planned),
+                mesh=mesh,
             )
             for index, plan in enumerate(planned)
         )
@@ -72,6 +93,12 @@ class Trainee(nn.Module):
     def __iter__(self) -> Iterator[Coder]:
         """The dictionaries, in the order of their plans."""
         return (cast(Coder, coder) for coder in self.coders)
+
+    def use(self, mesh: Mesh) -> None:
+        """Work with these processes from here on, which hold the same features."""
+        self.mesh = mesh
+        for coder in self:
+            coder.mesh = coder.sparsity.mesh = mesh
 
     def scale_of(self, name: str) -> Float[Tensor, ""]:
         """The factor that brings a site's activations to scaled units."""
@@ -86,12 +113,14 @@ class Trainee(nn.Module):
         return self.b_dec[self.written.index(name)]
 
     def forward(self, activations: Activations, *, generator: torch.Generator, memory: float) -> Losses:
-        """The loss of a batch of unscaled activations.
+        """The loss of a batch of unscaled activations, of which this process sees its share.
 
         `sum over written sites of mean over prefixes of |y - y_p|^2 / d`, y with mean square about 1.
         """
         out = {name: self.bias(name)[None, None] for name in self.written}
         gated = {name: self.bias(name).detach()[None] for name in self.written}
+        axis = self.mesh.features
+        own, own_gated = (out, gated) if axis.size == 1 else (dict[str, Tensor](), dict[str, Tensor]())
         inputs, passes = [], []
         for coder in self:
             x = self.read(coder, activations)
@@ -99,13 +128,16 @@ class Trainee(nn.Module):
             inputs.append(x)
             passes.append(one)
             for j, name in enumerate(coder.plan.writes):
-                out[name] = out[name] + one.parts[:, :, j]
+                own[name] = own.get(name, 0.0) + one.parts[:, :, j]
                 if one.gate is not None:
-                    gated[name] = gated[name] + one.gate[:, j]
+                    own_gated[name] = own_gated.get(name, 0.0) + one.gate[:, j]
             if coder.W_skip is not None:
                 skip = torch.as_tensor(coder.skip(x))
                 out[coder.plan.writes[0]] = out[coder.plan.writes[0]] + skip[:, None]
                 gated[coder.plan.writes[0]] = gated[coder.plan.writes[0]] + skip.detach()
+        if axis.size > 1:
+            out |= {name: out[name] + axis.add(part) for name, part in own.items()}
+            gated |= {name: gated[name] + axis.add(part) for name, part in own_gated.items()}
         wanted = {name: activations[name].float() * self.scale_of(name) for name in self.written}
         missed = {name: wanted[name][:, None] - out[name] for name in self.written}
         reconstruction = torch.stack([error.pow(2).mean() for error in missed.values()]).sum()
@@ -117,8 +149,8 @@ class Trainee(nn.Module):
             reconstruction,
             sum((one.penalty for one in passes), start=0.0),
             self._dead_loss(inputs, errors, generator),
-            torch.stack([_unexplained(errors[name], wanted[name]) for name in self.written]),
-            torch.stack([_l0(one) for one in passes]),
+            torch.stack([unexplained(errors[name], wanted[name], self.mesh.data) for name in self.written]),
+            torch.stack([l0(one, self.mesh) for one in passes]),
             errors,
         )
 
@@ -134,19 +166,70 @@ class Trainee(nn.Module):
         ]
         return torch.stack(losses).sum()
 
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """A further pass over a batch that was seen already: running thresholds, penalty weights and firing counters
+        are put back after it.
+        """
+        before = {name: buffer.clone() for name, buffer in self.named_buffers()}
+        try:
+            yield
+        finally:
+            for name, buffer in self.named_buffers():
+                if not torch.equal(buffer, before[name]):  # autograd holds those that stay, such as scales
+                    buffer.copy_(before[name])
+
     @torch.no_grad()
     def calibrate(self, activations: Activations) -> None:
-        """Set what the finished activation functions need, on a sample of unscaled activations."""
+        """Set what the finished activation functions need, on a sample of unscaled activations, of which every process
+        sees its share.
+        """
         for coder in self:
             coder.calibrate(self.read(coder, activations))
 
     @torch.no_grad()
     def dictionaries(self) -> list[LinearEncoder]:
-        """The same maps on unscaled activations: input scales in the encoders, output scales in the decoders."""
-        return [self._dictionary(coder) for coder in self]
+        """The same maps on unscaled activations: input scales in the encoders, output scales in the decoders.
 
-    def _dictionary(self, coder: Coder) -> LinearEncoder:
-        exported, W_dec = coder.export()
+        Of several processes the first one gets them, whole, the others none; all have to ask.
+        """
+        if self.mesh.data.place:
+            return []
+        found = []
+        for coder in self:
+            exported, W_dec = coder.export()
+            if self.mesh.is_first:
+                found.append(self._dictionary(coder, exported, W_dec))
+        return found
+
+    @staticmethod
+    def is_spread(name: str, axes: int) -> bool:
+        """Whether a tensor of the state, of so many axes, has one row for each feature that this process holds."""
+        alike = name.endswith("W_skip") or ".scheme." in name
+        return name.startswith("coders.") and not alike and axes > 0
+
+    def dead(self) -> Float[Tensor, ""]:
+        """Share of features, of all processes, that have not fired for long."""
+        own = torch.stack([coder.is_dead().float().mean() for coder in self]).mean()
+        return self.mesh.features.average(own)
+
+    def settle_gradients(self, *, longest: float) -> None:
+        """Average gradients over processes that saw other tokens, and scale all down to a norm of at most `longest`."""
+        held = [p for p in self.parameters() if p.grad is not None]
+        for parameter in held:
+            self.mesh.data.average_in_place(cast(Tensor, parameter.grad))
+        if self.mesh.features.size == 1:
+            nn.utils.clip_grad_norm_(held, longest)
+            return
+        grads: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for name, parameter in self.named_parameters():
+            if parameter.grad is not None:
+                grads[self.is_spread(name, parameter.ndim)].append(parameter.grad)
+        alike, spread = (nn.utils.get_total_norm(some) ** 2 for some in grads)
+        norm = (self.mesh.features.total(spread) + alike).sqrt()
+        nn.utils.clip_grads_with_norm_(held, longest, norm)
+
+    def _dictionary(self, coder: Coder, exported: Exported, W_dec: Tensor) -> LinearEncoder:
         per_part = coder.W_enc.shape[1] // len(coder.plan.reads)
         into = torch.stack([self.scale_of(name) for name in coder.plan.reads]).repeat_interleave(per_part)
         out = torch.stack([self.scale_of(name) for name in coder.plan.writes])
@@ -159,13 +242,19 @@ class Trainee(nn.Module):
             b_dec=b_dec / out[:, None],
             W_skip=skip,
             activation=exported.activation,
+            encoding=coder.scheme.export(into),
         )
         return kinds.build(coder.plan, weights)
 
 
-def _unexplained(error: Tensor, wanted: Tensor) -> Float[Tensor, ""]:
-    return error.pow(2).sum() / (wanted - wanted.mean(0)).pow(2).sum().clamp_min(1e-12)
+def unexplained(
+    error: Float[Tensor, "tokens d_out"], wanted: Float[Tensor, "tokens d_out"], data: Axis
+) -> Float[Tensor, ""]:
+    """FVU over the tokens of all processes: `|error|^2 / |wanted - mean|^2`."""
+    spread = (wanted - data.average(wanted.mean(0))).pow(2).sum()
+    return data.total(error.pow(2).sum()) / data.total(spread).clamp_min(1e-12)
 
 
-def _l0(one: Pass) -> Float[Tensor, ""]:
-    return (one.activations.detach() != 0).sum() / one.active.n_tokens
+def l0(one: Pass, mesh: Mesh) -> Float[Tensor, ""]:
+    """Features that fire at a token, over the tokens and features of all processes."""
+    return mesh.world.total((one.activations.detach() != 0).sum()) / (one.active.n_tokens * mesh.data.size)

@@ -24,6 +24,7 @@ from replacement import formats
 from replacement.activation import Activation, JumpReLU
 from replacement.cross_layer import CrossLayerTranscoder
 from replacement.dictionary import Dictionary, DictionarySet, LinearEncoder
+from replacement.encoding import Linear
 from replacement.errors import InputError
 from replacement.pretrained import directory
 from replacement.pretrained.recipe.concepts import annotate
@@ -166,7 +167,15 @@ def _profiles(model: ReplaceableLlama, dictionaries: Sequence[Dictionary]) -> li
 
 
 def keep_features(dictionary: LinearEncoder, features: Int[Tensor, " n"]) -> LinearEncoder:
-    """The dictionary without all other features: the same map where those never fire."""
+    """The dictionary without all other features: the same map where those never fire.
+
+    Raises `InputError` where features are not one encoder row each.
+    """
+    if not isinstance(dictionary.encoding, Linear):
+        raise InputError(
+            f"keep_features(layer {dictionary.layer}): its encoder is {dictionary.encoding.name}, and its features "
+            "belong together; pass one with a linear encoder"
+        )
     given: dict[str, Any] = {name: getattr(dictionary, name) for name in ("layer", "read", "write")}
     given |= {name: getattr(dictionary, name).detach()[features] for name in ("W_enc", "b_enc", "W_dec")}
     given |= {"b_dec": dictionary.b_dec.detach(), "activation": _activation_of(dictionary, features)}

@@ -5,17 +5,23 @@ tokens at a time. Values of the chosen ones, the decoder and every gradient touc
 own precision. Knows nothing of losses, layers or training steps.
 """
 
-from replacement.training.sparse.active import ActiveSet, select
-from replacement.training.sparse.choice import preselect, select_above, select_batch_top, select_top
+from replacement.training.sparse.active import ActiveSet, active_at, in_order, select
+from replacement.training.sparse.choice import preselect, select_above, select_top
+from replacement.training.sparse.pairs import dense_pairs, encode_pairs, pairs_above, pairs_top
 from replacement.training.sparse.products import decode_active, encode_active
 
 __all__ = [
     "ActiveSet",
+    "active_at",
     "decode_active",
+    "dense_pairs",
     "encode_active",
+    "encode_pairs",
+    "in_order",
+    "pairs_above",
+    "pairs_top",
     "preselect",
     "select",
     "select_above",
-    "select_batch_top",
     "select_top",
 ]

@@ -1,4 +1,4 @@
-"""Choosing the active features of many tokens: by threshold, the k largest of each token, the largest of a batch.
+"""Choosing the active features of many tokens: by threshold, or the k largest of each token.
 
 A bfloat16 product, a few tokens at a time, leaves few candidates: all that could be chosen, given a bound on its
 rounding errors. The exact values of those decide. Knows nothing of decoders and gradients.
@@ -30,7 +30,6 @@ _CHUNK_TOKENS = 128  # but of at least this many tokens, or the product slows do
 _RESULT = 2.0**-7  # bounds the relative error of rounding a result to bfloat16, twice over
 _PIECE = 512  # rows whose rounding errors are measured at once
 _NEVER = torch.iinfo(torch.int16).max
-_SAMPLE_TOKENS = 64  # what the level of a batch is guessed from
 
 
 def preselect(
@@ -51,7 +50,7 @@ def select_above(
 ) -> ActiveSet:
     """`select(preselect(x, W_enc, b_enc), threshold)` without ever holding all pre-activations."""
     size, found = len(W_enc), []
-    for start, pre, _ in _Product(x, W_enc, b_enc).chunks():
+    for start, pre, _ in _Product(x, W_enc, b_enc, bounded=False).chunks():
         found.append(at_least(as_bits(pre), level_above(threshold, len(pre), x.device)) + start * size)
     return active_at(in_order(found, len(x) * size), len(x), size)
 
@@ -88,41 +87,6 @@ def select_top(
     return active_at(torch.cat([chosen, rest]).sort().values if len(rest) else chosen, n_tokens, n_features)
 
 
-@torch.no_grad()
-def select_batch_top(
-    x: Float[Tensor, "tokens d_in"],
-    W_enc: Float[Tensor, "n_features d_in"],
-    b_enc: Float[Tensor, " n_features"],
-    k: int,
-    weight: Float[Tensor, " n_features"] | None = None,
-) -> ActiveSet:
-    """The k * tokens largest of `max(x . W_enc_i + b_enc_i, 0) weight_i` over the batch (BatchTopK, Bussmann et al.
-    2024).
-
-    weight: positive, e.g. decoder norms, so that features compare by what they write. Zeros are never chosen; where
-    fewer are positive, all of them are. Decided in float32.
-    """
-    n_tokens, n_features = len(x), len(W_enc)
-    if weight is not None:
-        W_enc, b_enc = W_enc * weight.unsqueeze(1), b_enc * weight
-    wanted = min(k, n_features) * n_tokens
-    if not wanted:
-        return active_at(torch.empty(0, dtype=torch.long, device=x.device), n_tokens, n_features)
-    sample = x[:: max(1, n_tokens // _SAMPLE_TOKENS)]
-    guess = preselect(sample, W_enc, b_enc).flatten().float()
-    share = 1.2 * wanted / (n_tokens * n_features)
-    while True:
-        rank = round(share * len(guess))
-        level = guess.kthvalue(len(guess) - rank + 1).values.clamp_min(0.0).item() if rank <= len(guess) else 0.0
-        flat, values = _reaching(x, W_enc, b_enc, level)
-        if len(flat) >= wanted or level == 0:
-            break
-        share *= 2
-    if len(flat) > wanted:
-        flat = flat[values.topk(wanted, sorted=False).indices].sort().values
-    return active_at(flat, n_tokens, n_features)
-
-
 class _Rounded(NamedTuple):
     """Rows as they are multiplied, with what bounds the errors of their products."""
 
@@ -134,9 +98,11 @@ class _Rounded(NamedTuple):
 class _Product:
     """`x W_enc^T + b_enc` in bfloat16, some tokens at a time, in one piece of memory."""
 
-    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> None:
+    def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, *, bounded: bool = True) -> None:
+        """bounded: whether margins are wanted; where not, they are zero and cost nothing."""
         dtype = torch.bfloat16 if multiplies_bfloat16(x.device) else torch.float32
-        self.x, self.W, self.b = _rounded(x, dtype), _rounded(W_enc, dtype), b_enc.to(dtype)
+        rounded = _rounded if bounded else _unbounded
+        self.x, self.W, self.b = rounded(x, dtype), rounded(W_enc, dtype), b_enc.to(dtype)
         self.norm, self.error = self.W.norm.max(), self.W.error.max()
         self.b_error = (self.b - b_enc).abs().max()
         self.tokens = max(_CHUNK_TOKENS, _CHUNK // len(W_enc))
@@ -167,35 +133,16 @@ def _rounded(rows: Tensor, dtype: torch.dtype) -> _Rounded:
     return _Rounded(rounded, norm, error + norm * (rows.shape[1] * 2.0**-24))
 
 
+def _unbounded(rows: Tensor, dtype: torch.dtype) -> _Rounded:
+    zeros = rows.new_zeros(len(rows))
+    return _Rounded(rows.to(dtype), zeros, zeros)
+
+
 def _floor(level: Float[Tensor, " rows"]) -> tuple[Int16[Tensor, "rows 1"], Bool[Tensor, " rows"]]:
     """The next bfloat16 below as an integer, and whether it is positive; where not, a level that nothing reaches."""
     easy = level > 0
     bits = (level.float().contiguous().view(torch.int32) >> 16).to(torch.int16)
     return torch.where(easy, bits, _NEVER).to(torch.int16).unsqueeze(1), easy
-
-
-def _reaching(x: Tensor, W: Tensor, b: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """Places in the flattened matrix, ascending, and exact values of positive pre-activations of `level` or more."""
-    n_features, found, hard = len(W), [], []
-    for start, pre, margin in _Product(x, W, b).chunks():
-        bound, easy = _floor((level - margin) * (1 - _RESULT))
-        found.append(at_least(as_bits(pre), bound) + start * n_features)
-        hard.append((~easy).nonzero().flatten() + start)
-    flat, rows = in_order(found, len(x) * n_features), torch.cat(hard)
-    token, feature = split_places(flat, n_features)
-    values = dots(x, W, token, feature) + b.index_select(0, feature)
-    parts = [(flat, values)]
-    for some in rows.split(max(1, _CHUNK // n_features)):
-        pre = torch.addmm(b, x[some], W.T)
-        row, feature = ((pre >= level) & (pre > 0)).nonzero().T
-        parts.append((some[row] * n_features + feature, pre[row, feature]))
-    flat, values = (torch.cat(each) for each in zip(*parts, strict=True))
-    keep = ((values >= level) & (values > 0)).nonzero().flatten()
-    flat, values = flat[keep], values[keep]
-    if len(rows):
-        flat, order = flat.sort()
-        values = values[order]
-    return flat, values
 
 
 def _dense_top(x: Tensor, W: Tensor, b: Tensor, k: int, rows: Int[Tensor, " rows"]) -> Int[Tensor, " entries"]:

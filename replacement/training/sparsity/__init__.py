@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from replacement.training.config import TrainingConfig
+from replacement.training.parallel import Mesh
 from replacement.training.sparsity.base import Encoder, Exported, Sparsity
 from replacement.training.sparsity.penalties import GatedSparsity, JumpReLUSparsity, ReLUSparsity
 from replacement.training.sparsity.topk import BatchTopKSparsity, TopKSparsity
@@ -18,6 +19,6 @@ BY_NAME: dict[str, type[Sparsity]] = {
 }
 
 
-def sparsity(config: TrainingConfig, k: int) -> Sparsity:
-    """The sparsity that a config names, with k features a token."""
-    return BY_NAME[config.sparsity](config, k)
+def sparsity(config: TrainingConfig, k: int, mesh: Mesh) -> Sparsity:
+    """The sparsity that a config names, with k features a token, for the features that this process holds."""
+    return BY_NAME[config.sparsity](config, k, mesh)

@@ -8,6 +8,7 @@ losses or optimisers.
 from __future__ import annotations
 
 import abc
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from replacement.activation import Activation
 from replacement.training.config import TrainingConfig
+from replacement.training.parallel import Mesh
+from replacement.training.schemes import Scheme
 from replacement.training.sparse import ActiveSet, select_above
 
 _SMALLEST = 1e-6  # what counts as above zero in the bfloat16 choice
@@ -24,16 +27,33 @@ _SMALLEST = 1e-6  # what counts as above zero in the bfloat16 choice
 class Encoder(NamedTuple):
     """An encoder on scaled inputs, with the norms of what its features write."""
 
-    W_enc: Float[Tensor, "n_features d_in"]
-    b_enc: Float[Tensor, " n_features"]
+    W_enc: Float[Tensor, "rows d_in"]
+    b_enc: Float[Tensor, " rows"]
     norms: Float[Tensor, " n_features"]  #: of the decoder rows, all written sites together
+    scheme: Scheme  #: how features are made of rows
+
+    def above(self, x: Float[Tensor, "tokens d_in"], levels: Float[Tensor, " n_features"]) -> ActiveSet:
+        """Features whose pre-activation is above their level."""
+        return self.scheme.above(x, self.W_enc, self.b_enc, levels)
+
+    def top(self, x: Float[Tensor, "tokens d_in"], k: int) -> ActiveSet:
+        """The k features of each token with the largest pre-activations."""
+        return self.scheme.top(x, self.W_enc, self.b_enc, k)
+
+    def values(self, x: Float[Tensor, "tokens d_in"], active: ActiveSet) -> Float[Tensor, " entries"]:
+        """Pre-activations of active features."""
+        return self.scheme.values(x, self.W_enc, self.b_enc, active)
+
+    def dense(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens n_features"]:
+        """Pre-activations of all features at few tokens."""
+        return self.scheme.dense(x, self.W_enc, self.b_enc)
 
 
 class Exported(NamedTuple):
     """The same encoder for the finished dictionary."""
 
-    W_enc: Float[Tensor, "n_features d_in"]
-    b_enc: Float[Tensor, " n_features"]
+    W_enc: Float[Tensor, "rows d_in"]
+    b_enc: Float[Tensor, " rows"]
     activation: Activation
     unit_rows: bool = True  #: whether it is meant for decoder rows of norm 1, so that activations are what is written
 
@@ -43,14 +63,22 @@ class Sparsity(nn.Module, abc.ABC):
 
     Law: what the exported activation function gives on the exported encoder is what `activations` gave in training,
     times the norm of the feature's decoder row where rows are exported with norm 1.
+
+    Where several processes hold the features, each has some of them, and of a batch it may see a share of the tokens;
+    what is chosen, penalised and remembered is nevertheless what one process would choose for all. Its own tensors
+    with an axis have one number a feature held; those without are the same in all processes.
     """
 
-    def __init__(self, config: TrainingConfig, k: int) -> None:
+    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
         super().__init__()
-        self.k, self.n_features = k, config.n_features
+        self.k, self.mesh = k, mesh
+        self.n_features = config.n_features  #: of all processes
+        self.n_own = config.n_features // mesh.features.size
 
-    def prepare(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Float[Tensor, " n_features"]:
-        """Set the start on a sample of scaled inputs; returns the encoder bias to start from."""
+    def prepare(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Float[Tensor, " rows"]:
+        """Set the start on a sample of scaled inputs, the same in all processes; returns the encoder
+        bias to start from.
+        """
         return encoder.b_enc
 
     @abc.abstractmethod
@@ -73,20 +101,20 @@ class Sparsity(nn.Module, abc.ABC):
         active: ActiveSet,
         norms: Float[Tensor, " n_features"],
     ) -> Tensor | float:
-        """The penalty, weighted; moves its weight along while gradients are on."""
+        """The penalty of all features, weighted; moves its weight along while gradients are on."""
         return 0.0
 
     def observe(self, values: Float[Tensor, " entries"], active: ActiveSet, fired: Tensor) -> None:
-        """Take note of a batch's activations and of which features fired in it."""
+        """Take note of a batch's activations and of which features fired in it, at tokens of any process."""
         return None
 
     def calibrate(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> None:
-        """Set what the finished dictionary needs, on scaled inputs."""
+        """Set what the finished dictionary needs, on scaled inputs, of which every process sees its share."""
         return None
 
     def levels(self, encoder: Encoder) -> Float[Tensor, " n_features"]:
         """The pre-activation above which each feature fires."""
-        return torch.zeros_like(encoder.b_enc)
+        return torch.zeros_like(encoder.norms)
 
     def fresh(self) -> dict[nn.Parameter, float]:
         """Its own parameters, one number a feature, with the value of a feature that starts again."""
@@ -105,36 +133,37 @@ class Penalised(Sparsity):
     """A sparsity that a penalty brings about; a controller moves its weight until k features a token fire.
 
     `log weight += gain * e`, with `e = log(L0 / k)` cut to [-1, 1], and `damping * e` on top for the step itself: a
-    proportional-integral controller on the logarithm.
+    proportional-integral controller on the logarithm. The weight stays in [1e-5, 100], losses being about 1: where k is
+    out of reach it would run away, and be of no use when k comes into reach.
     """
 
     log_weight: Tensor  # []
     gain, damping = 0.03, 0.5
+    lowest, highest = 1e-5, 100.0
     first_weight = 0.03
 
-    def __init__(self, config: TrainingConfig, k: int) -> None:
-        super().__init__(config, k)
+    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
+        super().__init__(config, k, mesh)
         self.register_buffer("log_weight", torch.tensor(self.first_weight).log())
+
+    def bias_to_start(self, x: Tensor, encoder: Encoder, k: float) -> Float[Tensor, " n_features"]:
+        """The encoder bias at which every feature fires as often as the others, and k fire at a token."""
+        pre = x @ encoder.W_enc.T + encoder.b_enc
+        count = min(len(pre) - 1, max(1, round(k * len(pre) / self.n_features)))
+        return encoder.b_enc - pre.topk(count + 1, dim=0).values[-1]
+
+    def fires(self, activations: Float[Tensor, " entries"], active: ActiveSet) -> Float[Tensor, ""]:
+        """How many features of all processes fire at a token of the whole batch."""
+        return self.mesh.world.total((activations.detach() > 0).sum()) / (active.n_tokens * self.mesh.data.size)
 
     def controlled(self, fires: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The weight for a batch in which `fires` features a token fire; moves it where a training step is made."""
         error = (fires.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
         if torch.is_grad_enabled():
-            self.log_weight.add_(self.gain * error)
+            self.log_weight.add_(self.gain * error).clamp_(math.log(self.lowest), math.log(self.highest))
         return (self.log_weight + self.damping * error).exp()
 
 
 def positive(x: Tensor, encoder: Encoder, shift: Tensor | float = 0.0) -> ActiveSet:
     """Features whose pre-activation plus `shift` is above zero."""
     return select_above(x, encoder.W_enc, encoder.b_enc + shift, _SMALLEST)
-
-
-def bias_for(x: Tensor, encoder: Encoder, k: float) -> Float[Tensor, " n_features"]:
-    """The encoder bias at which every feature fires as often as the others, and k fire at a token."""
-    pre = x @ encoder.W_enc.T + encoder.b_enc
-    return encoder.b_enc - _level(pre, k)
-
-
-def _level(pre: Float[Tensor, "tokens n_features"], k: float) -> Float[Tensor, " n_features"]:
-    count = min(len(pre) - 1, max(1, round(k * len(pre) / pre.shape[1])))
-    return pre.topk(count + 1, dim=0).values[-1]

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 
 from replacement.activation import JumpReLU, ReLU
 from replacement.training.config import TrainingConfig
+from replacement.training.parallel import Mesh
 from replacement.training.sparse import ActiveSet
-from replacement.training.sparsity.base import Encoder, Exported, Penalised, bias_for, positive
+from replacement.training.sparsity.base import Encoder, Exported, Penalised, positive
 
 _START = 2.0  # times k features a token fire at the start
 _TANH_SCALE = 4.0  # c of Anthropic, January 2025
 _QUADRATIC_WEIGHT = 1.0
+_LOWEST = 0.05  # of a threshold, in bandwidths
 
 
 def _unit(encoder: Encoder) -> tuple[Tensor, Tensor]:
@@ -23,7 +25,7 @@ class ReLUSparsity(Penalised):
     """`max(pre, 0)` with the penalty `sum a |d|` (Bricken et al. 2023; Anthropic, April 2024)."""
 
     def prepare(self, x: Tensor, encoder: Encoder) -> Tensor:
-        return bias_for(x, encoder, _START * self.k)
+        return self.bias_to_start(x, encoder, _START * self.k)
 
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
         return positive(x, encoder)
@@ -32,8 +34,8 @@ class ReLUSparsity(Penalised):
         return torch.relu(values)
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
-        fires = (activations > 0).sum() / active.n_tokens
-        return self.controlled(fires) * _l1(activations, active, norms, self.k)
+        penalty = self.mesh.features.add(_l1(activations, active, norms, self.k))
+        return self.controlled(self.fires(activations, active)) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
         return Exported(*_unit(encoder), ReLU())
@@ -49,44 +51,48 @@ class JumpReLUSparsity(Penalised):
 
     Penalty "tanh": `sum tanh(4 a |d|)`, its weight moved by the controller (Anthropic, January 2025). "quadratic":
     `(L0 / k - 1)^2` of the batch. The step's derivative is a box of width `bandwidth` around the threshold, and flows
-    to the threshold and to the pre-activation, so to all parameters of the encoder.
+    to the threshold and to the pre-activation, so to all parameters of the encoder. A threshold is kept at a twentieth
+    of the bandwidth or more: its gradient is proportional to it, and at 0 it would be stuck.
     """
 
     threshold: nn.Parameter  # [n_features], float32, learned as it is: its logarithm hardly moves under Adam
 
-    def __init__(self, config: TrainingConfig, k: int) -> None:
-        super().__init__(config, k)
+    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
+        super().__init__(config, k, mesh)
         self.bandwidth, self.quadratic = config.bandwidth, config.penalty == "quadratic"
-        self.threshold = nn.Parameter(torch.zeros(config.n_features))
+        self.threshold = nn.Parameter(torch.zeros(self.n_own))
 
     def prepare(self, x: Tensor, encoder: Encoder) -> Tensor:
         with torch.no_grad():
             self.threshold.fill_(self.bandwidth)
-        return bias_for(x, encoder, _START * self.k) + self.bandwidth
+        return self.bias_to_start(x, encoder, _START * self.k) + self.bandwidth
 
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
+        with torch.no_grad():
+            self.threshold.clamp_min_(_LOWEST * self.bandwidth)  # where the last step left it below
         return positive(x, encoder, self.bandwidth / 2 - self.threshold.detach())
 
     def levels(self, encoder: Encoder) -> Tensor:
-        return self.threshold.detach().clamp_min(0.0)
+        return self.threshold.detach().clamp_min(_LOWEST * self.bandwidth)
 
     def fresh(self) -> dict[nn.Parameter, float]:
         return {self.threshold: self.bandwidth}
 
     def activations(self, values: Tensor, active: ActiveSet) -> Tensor:
-        return _Jump.apply(values, self.threshold.clamp_min(0.0)[active.feature.long()], self.bandwidth)
+        return _Jump.apply(values, self.threshold[active.feature.long()], self.bandwidth)
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
-        fires = (activations.detach() > 0).sum() / active.n_tokens
         if self.quadratic:
-            threshold = self.threshold.clamp_min(0.0)[active.feature.long()]
+            threshold = self.threshold[active.feature.long()]
             l0 = _Step.apply(values, threshold, self.bandwidth).sum() / active.n_tokens
+            l0 = self.mesh.data.mean(self.mesh.features.add(l0))
             return _QUADRATIC_WEIGHT * (l0 / self.k - 1).square()
         written = activations * norms[active.feature.long()]
-        return self.controlled(fires) * torch.tanh(_TANH_SCALE * written).sum() / (active.n_tokens * self.k)
+        penalty = self.mesh.features.add(torch.tanh(_TANH_SCALE * written).sum())
+        return self.controlled(self.fires(activations, active)) * penalty / (active.n_tokens * self.k)
 
     def export(self, encoder: Encoder) -> Exported:
-        threshold = self.threshold.detach().clamp_min(0.0) * encoder.norms
+        threshold = self.levels(encoder) * encoder.norms
         return Exported(*_unit(encoder), JumpReLU(threshold))
 
 
@@ -102,13 +108,13 @@ class GatedSparsity(Penalised):
     r_mag: nn.Parameter  # [n_features]
     shift: nn.Parameter  # [n_features], b_mag - exp(r_mag) b_enc: the threshold of the JumpReLU that this equals
 
-    def __init__(self, config: TrainingConfig, k: int) -> None:
-        super().__init__(config, k)
-        self.r_mag = nn.Parameter(torch.zeros(config.n_features))
-        self.shift = nn.Parameter(torch.zeros(config.n_features))
+    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
+        super().__init__(config, k, mesh)
+        self.r_mag = nn.Parameter(torch.zeros(self.n_own))
+        self.shift = nn.Parameter(torch.zeros(self.n_own))
 
     def prepare(self, x: Tensor, encoder: Encoder) -> Tensor:
-        return bias_for(x, encoder, _START * self.k)
+        return self.bias_to_start(x, encoder, _START * self.k)
 
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
         return positive(x, encoder)
@@ -122,8 +128,8 @@ class GatedSparsity(Penalised):
         return torch.relu(self.r_mag.exp()[feature] * values + self.shift[feature]) * gate
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
-        fires = (activations.detach() > 0).sum() / active.n_tokens
-        return self.controlled(fires) * _l1(torch.relu(values), active, norms.detach(), self.k)
+        penalty = self.mesh.features.add(_l1(torch.relu(values), active, norms.detach(), self.k))
+        return self.controlled(self.fires(activations, active)) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
         """`a = pre [pre > max(threshold, 0)]` with `pre = exp(r_mag) g + shift`: the gate is open where pre > shift."""
