@@ -3,9 +3,9 @@
     python benchmarks/big_graph.py [--targets 7500] [--sources 500000] [--draws 3000] [--layers 12] [--positions 2000]
 
 Prints, on one thread, each step's seconds and its peak of memory over what the graph itself takes. The graph is random:
-features, errors and embeddings by layer and position, each row's sources drawn from the layers below and the positions
-before it, `--draws` of them with doubles left out, half among the features that have rows. Sources' strengths and edges are log-normal with the spreads
-below, so that influence is as concentrated as in graphs of real prompts and the thresholds keep thousands of nodes.
+features, errors and embeddings by layer and position; a row's `--draws` sources (doubles count once) come from the
+layers below and the positions before it, half of them from the features that have rows. Sources' strengths and edges
+are log-normal with the spreads below, so that influence is about as concentrated as in graphs of real prompts.
 """
 
 from __future__ import annotations

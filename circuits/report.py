@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from graphs.graph import AttributionGraph, NodeKind
-from graphs.influence import completeness_score, node_influence, replacement_score
+from graphs.influence import Flow, completeness_score, flow, node_influence, replacement_score
 from graphs.names import node_name, printable
 from graphs.structure import paths
 
@@ -175,20 +175,24 @@ def linearised(graph: AttributionGraph) -> str:
 
 def size(graph: AttributionGraph) -> Size:
     """Return counts and scores of one graph."""
+    known = flow(graph)
     return Size(
         nodes=graph.n_nodes,
         features=int(graph.nodes.is_feature.sum()),
         errors=int(graph.nodes.is_error.sum()),
         edges=graph.n_edges,
-        replacement_score=replacement_score(graph),
-        completeness_score=completeness_score(graph),
-        error_share=error_share(graph),
+        replacement_score=replacement_score(graph, known=known),
+        completeness_score=completeness_score(graph, known=known),
+        error_share=error_share(graph, known=known),
     )
 
 
-def error_share(graph: AttributionGraph) -> float:
-    """Return the share of influence that error nodes hold, I_err / sum of I over all nodes; 0 without influence."""
-    influence = node_influence(graph)
+def error_share(graph: AttributionGraph, *, known: Flow | None = None) -> float:
+    """Return the share of influence that error nodes hold, I_err / sum of I over all nodes; 0 without influence.
+
+    `known` is `flow(graph)`, where it is at hand.
+    """
+    influence = (known or flow(graph)).influence
     total = float(influence.sum())
     return float(influence[graph.nodes.is_error].sum()) / total if total > 0 else 0.0
 

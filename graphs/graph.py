@@ -252,14 +252,16 @@ class AttributionGraph:
         `edge_mask`, aligned with `adjacency.data`, keeps only some of those edges. Sums, residual and settings stay.
         """
         node_mask = np.asarray(node_mask, dtype=bool)
-        edges = self.adjacency.tocoo()
-        rows, columns = edges.coords
-        keep = node_mask[rows] & node_mask[columns]
+        edges, lengths = self.adjacency, np.diff(self.adjacency.indptr)
+        keep = np.repeat(node_mask, lengths)
+        keep &= node_mask[edges.indices]
         if edge_mask is not None:
             keep &= edge_mask
-        index = np.cumsum(node_mask) - 1
-        n_kept = int(node_mask.sum())
-        adjacency = csr_array((edges.data[keep], (index[rows[keep]], index[columns[keep]])), shape=(n_kept, n_kept))
+        kept_index = (np.cumsum(node_mask) - 1).astype(edges.indices.dtype)  # grows with the index: rows stay sorted
+        n_kept, starts = int(node_mask.sum()), np.zeros(int(node_mask.sum()) + 1, dtype=edges.indptr.dtype)
+        np.cumsum(self.sum_rows(keep)[node_mask], out=starts[1:])
+        parts = (edges.data[keep], kept_index[edges.indices[keep]], starts)
+        adjacency = csr_array(parts, shape=(n_kept, n_kept))
         per_node = {name: getattr(self, name)[node_mask] for name in ("bias", "bos", "untraced", "pre_activation")}
         influence = None if self.influence is None else self.influence[node_mask]
         return replace(self, nodes=self.nodes.select(node_mask), adjacency=adjacency, influence=influence, **per_node)

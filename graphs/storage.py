@@ -7,13 +7,14 @@ version and everything that is text. Knows nothing of viewers' formats.
 from __future__ import annotations
 
 import json
+import stat
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialize
+from safetensors.numpy import save_file
 from scipy.sparse import csr_array
 
 from graphs.errors import InputError
@@ -56,8 +57,8 @@ def save(graph: AttributionGraph, path: str | PathLike[str]) -> None:
     tensors |= {name: getattr(graph, name) for name in SUMS}
     tensors["token_ids"] = graph.token_ids
     tensors["adjacency.weights"] = adjacency.data
-    tensors["adjacency.indices"] = adjacency.indices.astype(np.int32)
-    tensors["adjacency.indptr"] = adjacency.indptr.astype(np.int64)
+    tensors["adjacency.indices"] = adjacency.indices.astype(np.int32, copy=False)
+    tensors["adjacency.indptr"] = adjacency.indptr.astype(np.int64, copy=False)
     if graph.influence is not None:
         tensors["influence"] = graph.influence
     header = {
@@ -75,8 +76,13 @@ def save(graph: AttributionGraph, path: str | PathLike[str]) -> None:
             f"save(graph=...): its settings are not JSON ({problem}); use numbers, text, lists, dicts"
         ) from None
     with whole_file(path, call="save") as draft:
-        data = serialize({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata={"graph": text})
-        draft.write_bytes(data)  # the library's own writer makes files that only their owner can read
+        mode = stat.S_IMODE(draft.stat().st_mode)
+        try:
+            whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+            save_file(whole, draft, metadata={"graph": text})
+        except SafetensorError as problem:  # its way to say that the disk is full
+            raise OSError(str(problem)) from problem
+        draft.chmod(mode)  # the library makes files that only their owner can read
 
 
 def load(path: str | PathLike[str]) -> AttributionGraph:
