@@ -111,6 +111,8 @@ class Report:
     active_features: int
     residual: float | None
     """Largest relative gap between a row's sum and the value it explains; None where the file does not say."""
+    dropped_share: float
+    """Largest share of a node's inputs that were too small to be kept as edges."""
     whole: Size | None
     """Before pruning; None where only the pruned graph is known."""
     pruned: Size
@@ -150,6 +152,7 @@ def report(
         targets=targets,
         active_features=graph.n_active_features,
         residual=graph.residual,
+        dropped_share=share if isinstance(share := graph.settings.get("dropped_share"), float) else 0.0,
         whole=size(graph) if graph is not pruned else None,
         pruned=size(pruned),
         thresholds=(pruning["node_threshold"], pruning["edge_threshold"]) if pruning else None,

@@ -33,7 +33,7 @@ NODE_COLUMNS = {
     "probability": "F64",
     "place": "I8",
 }
-OPTIONAL = ("influence", "nodes.place")  # tensors that a file may lack; the second came with a later release
+OPTIONAL = ("influence", "dropped", "nodes.place")  # tensors that a file may lack; the last came with a later release
 HEADER_TYPES: dict[str, Any] = {
     "prompt": str,
     "tokens": list,
@@ -59,8 +59,7 @@ def save(graph: AttributionGraph, path: str | PathLike[str]) -> None:
     tensors["adjacency.weights"] = adjacency.data
     tensors["adjacency.indices"] = adjacency.indices.astype(np.int32, copy=False)
     tensors["adjacency.indptr"] = adjacency.indptr.astype(np.int64, copy=False)
-    if graph.influence is not None:
-        tensors["influence"] = graph.influence
+    tensors |= {name: values for name in ("influence", "dropped") if (values := getattr(graph, name)) is not None}
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -112,6 +111,7 @@ def load(path: str | PathLike[str]) -> AttributionGraph:
             tokens=tuple(header["tokens"]),
             token_ids=tensors["token_ids"],
             influence=tensors.get("influence"),
+            dropped=tensors.get("dropped"),
             **{key: header[key] for key in HEADER_TYPES if key not in ("labels", "tokens")},
         )
     except ValueError as problem:
@@ -143,7 +143,7 @@ def _tensors(source: Path, stored: Any) -> dict[str, np.ndarray]:
     """Read the known tensors after checking that each has its dtype and is a vector."""
     expected: dict[str, tuple[str, ...]] = {name: ("F64",) for name in SUMS}
     expected |= {f"nodes.{name}": (dtype,) for name, dtype in NODE_COLUMNS.items()}
-    expected |= {"token_ids": ("I64",), "influence": ("F64",), "adjacency.weights": ("F32", "F64")}
+    expected |= {"token_ids": ("I64",), "influence": ("F64",), "dropped": ("F64",), "adjacency.weights": ("F32", "F64")}
     expected |= {"adjacency.indices": ("I32",), "adjacency.indptr": ("I64",)}
     names = set(stored.keys())
     missing = sorted(set(expected) - names - set(OPTIONAL))
