@@ -25,6 +25,7 @@ import numpy as np  # noqa: E402
 from scipy.sparse import csr_array  # noqa: E402
 
 from graphs.dot import to_dot  # noqa: E402
+from graphs.errors import InputError  # noqa: E402
 from graphs.graph import AttributionGraph, NodeTable  # noqa: E402
 from graphs.influence import completeness_score, replacement_score  # noqa: E402
 from graphs.neuronpedia import write_neuronpedia  # noqa: E402
@@ -141,6 +142,14 @@ def measured(step: Callable[[], Any], base: int) -> tuple[Any, Cost]:
     return result, Cost(perf_counter() - wall, process_time() - cpu, resident("VmHWM") - base)
 
 
+def write_json(graph: AttributionGraph, path: Path) -> None:
+    """Write the viewers' JSON; beyond their limit of 100 MB, say so."""
+    try:
+        write_neuronpedia(graph, path)
+    except InputError as problem:
+        print(problem)
+
+
 def resident(field: str = "VmRSS") -> int:
     """Return a size of this process that Linux keeps, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -165,7 +174,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         _, costs["native file, whole graph"] = measured(lambda: graph.save(Path(folder, "whole.graph")), base)
         _, costs["native file, pruned"] = measured(lambda: pruned.save(Path(folder, "small.graph")), base)
-        _, costs["Neuronpedia JSON, pruned"] = measured(lambda: write_neuronpedia(pruned, Path(folder, "a.json")), base)
+        _, costs["Neuronpedia JSON, pruned"] = measured(lambda: write_json(pruned, Path(folder, "a.json")), base)
         _, costs["DOT, pruned"] = measured(lambda: to_dot(pruned).source, base)
         sizes = {path.name: path.stat().st_size / MIB for path in Path(folder).iterdir()}
     print(f"pruned: {pruned.n_nodes:,} nodes, {pruned.n_edges:,} edges; files in MiB:", end="")
