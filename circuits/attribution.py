@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
+from circuits.rows import check_drop, chosen_drop, store
 from circuits.selection import partial_influence
 from circuits.targets import Spec, Target, as_specs, depth, from_start, last_position, reads, resolve
 from graphs.graph import MLP, AttributionGraph, NodeKind, NodeTable, row_residual
@@ -49,6 +50,7 @@ def attribute(
     ig_steps: int = 10,
     batch_size: int = 512,
     update_interval: int = 4,
+    drop: float | None = None,
     progress: Progress | None = None,
 ) -> AttributionGraph:
     """The attribution graph of a prompt: `A[t, s] = w_t^T J(t <- s) v_s` (Ameisen et al. 2025, "Circuit Tracing").
@@ -66,11 +68,13 @@ def attribute(
     mlp, attention, ig_steps: what passes where no dictionary stands; see `Linearisation`.
     batch_size, update_interval: features are ranked anew after every `batch_size * update_interval` of them; a
         sweep takes at most `batch_size` targets.
+    drop: leave out the smallest edges of each row, of at most this share of its absolute sum together (`graph.dropped`
+        keeps what they contribute); None: 0 up to `rows.WHOLE_ENTRIES` rows times sources, `rows.LARGE_DROP` beyond.
     progress: called with (rows done, rows in all).
     Raises InputError for a prompt, target or setting that cannot be used, and where rows do not add up because the
     architecture has paths that are not known here.
     """
-    _check_settings(max_features, max_logits, logit_probability, batch_size, update_interval)
+    _check_settings(max_features, max_logits, logit_probability, batch_size, update_interval, drop)
     tokens, specs = model.tokenize(prompt), as_specs(targets)
     last = last_position(specs, position, len(tokens))
     specs, at = from_start(specs, len(tokens)), (-1 if position is None else position) % len(tokens)
@@ -81,13 +85,10 @@ def attribute(
             model, local, specs, position=min(at, last), max_logits=max_logits, logit_probability=logit_probability
         )
         tracer = _Tracer(local, model.engine(local, engine), resolved, batch_size, progress)
-        tracer.run(max_features, batch_size * update_interval)
-        settings: dict[str, Any] = {
-            "engine": engine,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "max_features": max_features,
-        }
-        settings |= {"max_logits": max_logits, "logit_probability": logit_probability, "trace_bos": trace_bos}
+        tracer.run(max_features, batch_size * update_interval, drop)
+        settings: dict[str, Any] = {"engine": engine, "dtype": str(model.dtype).removeprefix("torch.")}
+        settings |= {"max_features": max_features, "max_logits": max_logits, "logit_probability": logit_probability}
+        settings |= {"trace_bos": trace_bos, "drop": tracer.drop, "dropped_share": tracer.dropped_share}
         settings |= _how_linearised(local)
         text = prompt if isinstance(prompt, str) else model.bridge.tokenizer.decode(tokens.tolist())
         graph = _assemble(model, tracer, text, settings)
@@ -109,8 +110,14 @@ def _how_linearised(local: LocalModel) -> dict[str, Any]:
 
 
 def _check_settings(
-    max_features: int | None, max_logits: int, logit_probability: float, batch_size: int, update_interval: int
+    max_features: int | None,
+    max_logits: int,
+    logit_probability: float,
+    batch_size: int,
+    update_interval: int,
+    drop: float | None,
 ) -> None:
+    check_drop(drop)
     for name, value in (("max_logits", max_logits), ("batch_size", batch_size), ("update_interval", update_interval)):
         if not _is_whole(value) or value < 1:
             raise InputError(f"attribute({name}={value!r}): must be at least 1, a whole number")
@@ -147,12 +154,15 @@ class _Tracer:
         self.reachable = int((self.depth < max(self.depths)).sum())  # features are sorted by depth
         self.batch_size = min(batch_size, _sweep_batch(local))
         self.rows: list[csr_array] = []
-        self.constants: list[Float[np.ndarray, "rows 2"]] = []  # bias, bos
+        self.constants: list[Float[np.ndarray, "rows 3"]] = []  # bias, bos, dropped
+        self.drop = self.dropped_share = 0.0  # asked for, and the largest of a row
         self.order: list[int] = []  # which feature each row after the targets' belongs to
 
-    def run(self, max_features: int | None, update_every: int) -> None:
+    def run(self, max_features: int | None, update_every: int, drop: float | None) -> None:
         """Rows of all targets, then of features until there are `max_features`."""
         wanted = self.reachable if max_features is None else min(max_features, self.reachable)
+        n_sources = len(self.depth) + (len(self.local.slots) + 1) * self.local.n_positions
+        self.drop = chosen_drop(drop, n_rows=len(self.targets) + wanted, n_sources=n_sources)
         self._trace_targets()
         while len(self.order) < wanted:
             room = wanted - len(self.order)
@@ -197,8 +207,11 @@ class _Tracer:
 
     def _keep(self, result: Contributions) -> None:
         dense = torch.cat([result.features, result.errors.flatten(1), result.embeddings], 1)
-        self.rows.append(csr_array(dense.cpu().numpy()))
-        self.constants.append(torch.stack([result.bias, result.bos], 1).double().cpu().numpy())
+        stored = store(dense.cpu().numpy(), drop=self.drop)
+        self.rows.append(stored.kept)
+        self.dropped_share = max(self.dropped_share, stored.share)
+        constants = torch.stack([result.bias, result.bos], 1).double().cpu().numpy()
+        self.constants.append(np.column_stack([constants, stored.dropped]))
 
 
 def _sweep_batch(local: LocalModel) -> int:
@@ -229,8 +242,8 @@ def _assemble(model: ReplacementModel, tracer: _Tracer, prompt: str, settings: d
     coo = rows.tocoo()
     adjacency = csr_array((coo.data, (place[coo.coords[0]], coo.coords[1])), shape=(n_nodes, n_nodes))
     constants = np.concatenate(tracer.constants)
-    columns = np.zeros((3, n_nodes))
-    columns[:, place] = constants[:, 0], constants[:, 1], untraced
+    columns = np.zeros((4, n_nodes))
+    columns[:, place] = *constants.T, untraced
     pre_activation = np.zeros(n_nodes)
     pre_activation[:n_features] = nodes.activation[:n_features]
     pre_activation[n_nodes - len(targets) :] = [target.value for target in targets]
@@ -240,7 +253,8 @@ def _assemble(model: ReplacementModel, tracer: _Tracer, prompt: str, settings: d
         adjacency=adjacency,
         bias=columns[0],
         bos=columns[1],
-        untraced=columns[2],
+        untraced=columns[3],
+        dropped=columns[2] if tracer.drop else None,
         pre_activation=pre_activation,
         prompt=prompt,
         tokens=tuple(model.token_strings(tokens)),

@@ -184,7 +184,8 @@ def _sizes(facts: Report) -> RenderableType:
         "  features", "features", f"of {facts.active_features:,} active on this prompt" if facts.active_features else ""
     )
     row("  errors", "errors", "what the dictionaries missed, one a layer and position")
-    row("edges", "edges", "")
+    dropped = f"the smallest left out, at most {_percent(facts.dropped_share)} of a node's inputs"
+    row("edges", "edges", dropped if facts.dropped_share else "")
     row("replacement", "replacement_score", "1: all comes from the prompt's tokens, none from errors", share=True)
     row("completeness", "completeness_score", "1: no node has an error among its inputs", share=True)
     row("error share", "error_share", "share of all influence that errors hold", share=True)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from graphs.graph import AttributionGraph, NodeKind
-from graphs.influence import completeness_score, node_influence, replacement_score
+from graphs.influence import Flow, completeness_score, flow, node_influence, replacement_score
 from graphs.names import node_name, printable
 from graphs.structure import paths
 
@@ -111,6 +111,8 @@ class Report:
     active_features: int
     residual: float | None
     """Largest relative gap between a row's sum and the value it explains; None where the file does not say."""
+    dropped_share: float
+    """Largest share of a node's inputs that were too small to be kept as edges."""
     whole: Size | None
     """Before pruning; None where only the pruned graph is known."""
     pruned: Size
@@ -150,6 +152,7 @@ def report(
         targets=targets,
         active_features=graph.n_active_features,
         residual=graph.residual,
+        dropped_share=share if isinstance(share := graph.settings.get("dropped_share"), float) else 0.0,
         whole=size(graph) if graph is not pruned else None,
         pruned=size(pruned),
         thresholds=(pruning["node_threshold"], pruning["edge_threshold"]) if pruning else None,
@@ -175,20 +178,24 @@ def linearised(graph: AttributionGraph) -> str:
 
 def size(graph: AttributionGraph) -> Size:
     """Return counts and scores of one graph."""
+    known = flow(graph)
     return Size(
         nodes=graph.n_nodes,
         features=int(graph.nodes.is_feature.sum()),
         errors=int(graph.nodes.is_error.sum()),
         edges=graph.n_edges,
-        replacement_score=replacement_score(graph),
-        completeness_score=completeness_score(graph),
-        error_share=error_share(graph),
+        replacement_score=replacement_score(graph, known=known),
+        completeness_score=completeness_score(graph, known=known),
+        error_share=error_share(graph, known=known),
     )
 
 
-def error_share(graph: AttributionGraph) -> float:
-    """Return the share of influence that error nodes hold, I_err / sum of I over all nodes; 0 without influence."""
-    influence = node_influence(graph)
+def error_share(graph: AttributionGraph, *, known: Flow | None = None) -> float:
+    """Return the share of influence that error nodes hold, I_err / sum of I over all nodes; 0 without influence.
+
+    `known` is `flow(graph)`, where it is at hand.
+    """
+    influence = (known or flow(graph)).influence
     total = float(influence.sum())
     return float(influence[graph.nodes.is_error].sum()) / total if total > 0 else 0.0
 

@@ -140,9 +140,9 @@ class AttributionGraph:
     """Who wrote what into whom on one prompt, with the proof that nothing is missing.
 
     `adjacency[t, s]` is the gradient of t's pre-activation times what s contributes, on the model with attention
-    patterns and normalisation scales frozen. **Law**: `adjacency.sum(1) + bias + bos + untraced == pre_activation` for
-    every node with inputs. It is a law of the full graph; pruning drops edges, and a pruned graph keeps the full
-    graph's `residual`.
+    patterns and normalisation scales frozen. **Law**: `adjacency.sum(1) + bias + bos + untraced + dropped ==
+    pre_activation` for every node with inputs. It is a law of the full graph; pruning drops edges, and a pruned graph
+    keeps the full graph's `residual`.
 
     Full graphs hold their nodes in the reference order: features by (layer, place, position, feature), errors by
     (layer, place, position), embeddings by position, then the targets. Pruned graphs keep that order.
@@ -178,15 +178,17 @@ class AttributionGraph:
     """Largest relative residual of the law on the full graph (`row_residual`); None where unknown (foreign files)."""
     influence: Float[np.ndarray, " n_nodes"] | None = None
     """Cumulative share of influence at each node's rank in the graph it was pruned from (small is important)."""
+    dropped: Float[np.ndarray, " n_nodes"] | None = None
+    """Sum of the edges too small to be kept (`settings["drop"]`); None where all were kept."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "adjacency", _canonical(self.adjacency, len(self.nodes)))
         object.__setattr__(self, "tokens", tuple(self.tokens))
         object.__setattr__(self, "token_ids", _frozen(self.token_ids, np.int64))
         object.__setattr__(self, "settings", dict(self.settings))
-        for name in ("bias", "bos", "untraced", "pre_activation", "influence"):
+        for name in ("bias", "bos", "untraced", "pre_activation", "influence", "dropped"):
             values = getattr(self, name)
-            if values is None and name == "influence":
+            if values is None and name in ("influence", "dropped"):
                 continue
             values = _frozen(values, np.float64)
             if values.shape != (len(self.nodes),):
@@ -252,17 +254,19 @@ class AttributionGraph:
         `edge_mask`, aligned with `adjacency.data`, keeps only some of those edges. Sums, residual and settings stay.
         """
         node_mask = np.asarray(node_mask, dtype=bool)
-        edges = self.adjacency.tocoo()
-        rows, columns = edges.coords
-        keep = node_mask[rows] & node_mask[columns]
+        edges, lengths = self.adjacency, np.diff(self.adjacency.indptr)
+        keep = np.repeat(node_mask, lengths)
+        keep &= node_mask[edges.indices]
         if edge_mask is not None:
             keep &= edge_mask
-        index = np.cumsum(node_mask) - 1
-        n_kept = int(node_mask.sum())
-        adjacency = csr_array((edges.data[keep], (index[rows[keep]], index[columns[keep]])), shape=(n_kept, n_kept))
-        per_node = {name: getattr(self, name)[node_mask] for name in ("bias", "bos", "untraced", "pre_activation")}
-        influence = None if self.influence is None else self.influence[node_mask]
-        return replace(self, nodes=self.nodes.select(node_mask), adjacency=adjacency, influence=influence, **per_node)
+        kept_index = (np.cumsum(node_mask) - 1).astype(edges.indices.dtype)  # grows with the index: rows stay sorted
+        n_kept, starts = int(node_mask.sum()), np.zeros(int(node_mask.sum()) + 1, dtype=edges.indptr.dtype)
+        np.cumsum(self.sum_rows(keep)[node_mask], out=starts[1:])
+        parts = (edges.data[keep], kept_index[edges.indices[keep]], starts)
+        adjacency = csr_array(parts, shape=(n_kept, n_kept))
+        names = ("bias", "bos", "untraced", "pre_activation", "influence", "dropped")
+        per_node = {name: values[node_mask] for name in names if (values := getattr(self, name)) is not None}
+        return replace(self, nodes=self.nodes.select(node_mask), adjacency=adjacency, **per_node)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the graph to one safetensors file; the file appears whole or not at all."""
@@ -287,16 +291,17 @@ class AttributionGraph:
 def row_residual(graph: AttributionGraph) -> float:
     """Return the largest relative residual of the law over the nodes with inputs.
 
-    max over rows t of |sum_s A[t, s] + bias_t + bos_t + untraced_t - pre_t| / scale_t, with scale_t the row's own size
-    max(|pre_t|, sum_s |A[t, s]|), or the median row's where that is larger: a target whose value is next to nothing
-    because its terms cancel inside one source carries the rounding of a full row all the same.
+    max over rows t of |sum_s A[t, s] + bias_t + bos_t + untraced_t + dropped_t - pre_t| / scale_t, with scale_t the
+    row's own size max(|pre_t|, sum_s |A[t, s]|), or the median row's where that is larger: a target whose value is next
+    to nothing because its terms cancel inside one source carries the rounding of a full row all the same.
     """
     rows = graph.nodes.has_inputs
     if not rows.any():
         return 0.0
     totals = graph.sum_rows(graph.adjacency.data)
     sizes = graph.sum_rows(np.abs(graph.adjacency.data))
-    missing = np.abs(totals + graph.bias + graph.bos + graph.untraced - graph.pre_activation)[rows]
+    totals = totals + graph.bias + graph.bos + graph.untraced + (0.0 if graph.dropped is None else graph.dropped)
+    missing = np.abs(totals - graph.pre_activation)[rows]
     scale = np.maximum(np.abs(graph.pre_activation), sizes)[rows]
     return float((missing / np.maximum(np.maximum(scale, np.median(scale)), TINY)).max())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any
 
@@ -46,29 +46,32 @@ def to_neuronpedia(
     `neuronpedia_source_set`). A node's `influence` is the cumulative share at its rank: small is important.
     Raises InputError for a slug or scan of other characters.
     """
-    return {
-        "metadata": _metadata(
-            graph, _name("slug", slug, graph.prompt), _name("scan", scan, graph.model), feature_details
-        ),
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
-        "nodes": _nodes(graph),
-        "links": _links(graph),
-    }
+    links = [{"source": source, "target": target, "weight": weight} for source, target, weight in _links(graph)]
+    return {**_without_links(graph, slug, scan, feature_details), "links": links}
 
 
-def write_neuronpedia(graph: AttributionGraph, path: str | PathLike[str], **names: Any) -> None:
-    """Write `to_neuronpedia(graph, **names)` to a file, whole or not at all.
+def write_neuronpedia(
+    graph: AttributionGraph,
+    path: str | PathLike[str],
+    *,
+    slug: str | None = None,
+    scan: str | None = None,
+    feature_details: Mapping[str, str] | None = None,
+) -> None:
+    """Write `to_neuronpedia(graph, ...)` to a file, whole or not at all; links go straight to text, as they are many.
 
     Raises InputError where the viewers' limit of 100 MB is passed, the settings aren't JSON or the path can't be
     written.
     """
-    document = to_neuronpedia(graph, **names)
+    document = _without_links(graph, slug, scan, feature_details)
     try:
-        text = json.dumps(document, allow_nan=False, separators=(",", ":")).ljust(MIN_BYTES)
+        head = json.dumps(document, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as problem:
         raise InputError(
             f"write_neuronpedia(graph=...): its settings are not JSON ({problem}); use numbers, text, lists, dicts"
         ) from None
+    links = ",".join([f'{{"source":"{s}","target":"{t}","weight":{weight!r}}}' for s, t, weight in _links(graph)])
+    text = f'{head[:-1]},"links":[{links}]}}'.ljust(MIN_BYTES)
     if len(text) > MAX_BYTES:
         raise InputError(
             f"write_neuronpedia(graph=...): {len(text) / 1024**2:.0f} MB, viewers take at most 100 MB; "
@@ -95,6 +98,17 @@ def upload_problems(document: Mapping[str, Any]) -> list[str]:
     if dangling := sum(link["source"] not in counts or link["target"] not in counts for link in document["links"]):
         problems.append(f"{dangling} links lead to nodes that do not exist")
     return problems
+
+
+def _without_links(
+    graph: AttributionGraph, slug: str | None, scan: str | None, details: Mapping[str, str] | None
+) -> dict[str, Any]:
+    slug, scan = _name("slug", slug, graph.prompt), _name("scan", scan, graph.model)
+    return {
+        "metadata": _metadata(graph, slug, scan, details),
+        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""},
+        "nodes": _nodes(graph),
+    }
 
 
 def _metadata(graph: AttributionGraph, slug: str, scan: str, details: Mapping[str, str] | None) -> dict[str, Any]:
@@ -162,11 +176,13 @@ def _identity(graph: AttributionGraph, i: int, node_id: str) -> dict[str, Any]:
     return dict(zip(("feature", "layer", "jsNodeId", "clerp"), fields, strict=True))
 
 
-def _links(graph: AttributionGraph) -> list[dict[str, Any]]:
-    ids, edges = node_ids(graph), graph.adjacency.tocoo()
-    rows, sources = edges.coords
-    triples = zip(sources.tolist(), rows.tolist(), edges.data.tolist(), strict=True)
-    return [{"source": ids[s], "target": ids[t], "weight": weight} for s, t, weight in triples]
+def _links(graph: AttributionGraph) -> Iterator[tuple[str, str, float]]:
+    """Yield source id, target id and weight of every edge; ids are letters, digits, `_` and `-`."""
+    ids = node_ids(graph)
+    for source, target, weight in zip(
+        graph.edge_sources.tolist(), graph.edge_targets.tolist(), graph.adjacency.data.tolist(), strict=True
+    ):
+        yield ids[source], ids[target], weight
 
 
 def _name(which: str, given: str | None, default: str) -> str:

@@ -10,11 +10,18 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from graphs.errors import InputError
 from graphs.graph import AttributionGraph
-from graphs.influence import completeness_score, cumulative_influence, edge_influence, node_influence, replacement_score
+from graphs.influence import (
+    completeness_score,
+    cumulative_influence,
+    edge_influence,
+    flow,
+    node_influence,
+    replacement_score,
+)
 
 SMALL = 4096
 """Candidates below which the threshold search simply sorts."""
@@ -42,14 +49,17 @@ def prune(graph: AttributionGraph, *, node_threshold: float = 0.8, edge_threshol
     the sizes before, and the scores of the graph before pruning. The law of rows is a law of the full graph: a
     pruned row's edges no longer sum to its pre-activation. Raises InputError for a threshold outside [0, 1] or a cycle.
     """
-    masks = prune_masks(graph, node_threshold=node_threshold, edge_threshold=edge_threshold)
+    check_threshold("node_threshold", node_threshold)
+    check_threshold("edge_threshold", edge_threshold)
+    known = flow(graph)
+    masks = _masks(graph, known.influence, node_threshold, edge_threshold)
     record = {
         "node_threshold": float(node_threshold),
         "edge_threshold": float(edge_threshold),
         "n_nodes": graph.n_nodes,
         "n_edges": graph.n_edges,
-        "replacement_score": replacement_score(graph),
-        "completeness_score": completeness_score(graph),
+        "replacement_score": replacement_score(graph, known=known),
+        "completeness_score": completeness_score(graph, known=known),
     }
     return replace(
         graph.subgraph(masks.nodes, masks.edges),
@@ -62,17 +72,24 @@ def prune_masks(graph: AttributionGraph, *, node_threshold: float = 0.8, edge_th
     """Return which nodes and edges `prune` keeps; arguments and errors are those of `prune`."""
     check_threshold("node_threshold", node_threshold)
     check_threshold("edge_threshold", edge_threshold)
-    influence = node_influence(graph)
+    return _masks(graph, node_influence(graph), node_threshold, edge_threshold)
+
+
+def _masks(
+    graph: AttributionGraph, influence: Float[np.ndarray, " n_nodes"], node_threshold: float, edge_threshold: float
+) -> PruneMasks:
     always = graph.nodes.is_embedding | graph.nodes.is_logit
     kept_nodes = (influence >= selection_threshold(influence, node_threshold)) | always
 
-    sources, targets = graph.edge_sources, graph.edge_targets
-    kept_edges = kept_nodes[sources] & kept_nodes[targets]
+    kept_edges = np.repeat(kept_nodes, np.diff(graph.adjacency.indptr))
+    kept_edges &= kept_nodes[graph.edge_sources]
     scores = edge_influence(graph.subgraph(kept_nodes))  # in the order of kept_edges: both are canonical CSR
     kept_edges[kept_edges] = scores >= selection_threshold(scores, edge_threshold)
 
-    kept_nodes = _connected(graph, kept_nodes, kept_edges)
-    kept_edges &= kept_nodes[sources] & kept_nodes[targets]
+    kept = np.flatnonzero(kept_edges)
+    sources, targets = graph.edge_sources[kept], np.searchsorted(graph.adjacency.indptr, kept, side="right") - 1
+    kept_nodes = connected(graph, kept_nodes, sources, targets)
+    kept_edges[kept] = kept_nodes[sources] & kept_nodes[targets]
     return PruneMasks(kept_nodes, kept_edges, influence)
 
 
@@ -109,15 +126,20 @@ def selection_threshold(scores: Float[np.ndarray, " n"], share: float) -> float:
     return float(candidates[min(int(reached), len(candidates) - 1)])
 
 
-def _connected(
-    graph: AttributionGraph, node_mask: Bool[np.ndarray, " n_nodes"], edge_mask: Bool[np.ndarray, " n_edges"]
+def connected(
+    graph: AttributionGraph,
+    node_mask: Bool[np.ndarray, " n_nodes"],
+    sources: Int[np.ndarray, " n_kept"],
+    targets: Int[np.ndarray, " n_kept"],
 ) -> Bool[np.ndarray, " n_nodes"]:
     """Drop features and errors that nothing leaves, and features that nothing enters, to a fixpoint."""
-    from graphs.structure import digraph
+    import networkx
 
-    structure = digraph(graph, node_mask, edge_mask)
-    needs_exit = graph.nodes.is_feature | graph.nodes.is_error
+    structure = networkx.DiGraph()
+    structure.add_nodes_from(np.flatnonzero(node_mask).tolist())
+    structure.add_edges_from(zip(sources.tolist(), targets.tolist(), strict=True))
     needs_entry = graph.nodes.is_feature
+    needs_exit = needs_entry | graph.nodes.is_error
     waiting = list(structure)
     while waiting:
         node = waiting.pop()

@@ -7,13 +7,14 @@ version and everything that is text. Knows nothing of viewers' formats.
 from __future__ import annotations
 
 import json
+import stat
 from os import PathLike
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as serialize
+from safetensors.numpy import save_file
 from scipy.sparse import csr_array
 
 from graphs.errors import InputError
@@ -32,7 +33,7 @@ NODE_COLUMNS = {
     "probability": "F64",
     "place": "I8",
 }
-OPTIONAL = ("influence", "nodes.place")  # tensors that a file may lack; the second came with a later release
+OPTIONAL = ("influence", "dropped", "nodes.place")  # tensors that a file may lack; the last came with a later release
 HEADER_TYPES: dict[str, Any] = {
     "prompt": str,
     "tokens": list,
@@ -56,10 +57,9 @@ def save(graph: AttributionGraph, path: str | PathLike[str]) -> None:
     tensors |= {name: getattr(graph, name) for name in SUMS}
     tensors["token_ids"] = graph.token_ids
     tensors["adjacency.weights"] = adjacency.data
-    tensors["adjacency.indices"] = adjacency.indices.astype(np.int32)
-    tensors["adjacency.indptr"] = adjacency.indptr.astype(np.int64)
-    if graph.influence is not None:
-        tensors["influence"] = graph.influence
+    tensors["adjacency.indices"] = adjacency.indices.astype(np.int32, copy=False)
+    tensors["adjacency.indptr"] = adjacency.indptr.astype(np.int64, copy=False)
+    tensors |= {name: values for name in ("influence", "dropped") if (values := getattr(graph, name)) is not None}
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -75,8 +75,13 @@ def save(graph: AttributionGraph, path: str | PathLike[str]) -> None:
             f"save(graph=...): its settings are not JSON ({problem}); use numbers, text, lists, dicts"
         ) from None
     with whole_file(path, call="save") as draft:
-        data = serialize({key: np.ascontiguousarray(value) for key, value in tensors.items()}, metadata={"graph": text})
-        draft.write_bytes(data)  # the library's own writer makes files that only their owner can read
+        mode = stat.S_IMODE(draft.stat().st_mode)
+        try:
+            whole = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+            save_file(whole, draft, metadata={"graph": text})
+        except SafetensorError as problem:  # its way to say that the disk is full
+            raise OSError(str(problem)) from problem
+        draft.chmod(mode)  # the library makes files that only their owner can read
 
 
 def load(path: str | PathLike[str]) -> AttributionGraph:
@@ -106,6 +111,7 @@ def load(path: str | PathLike[str]) -> AttributionGraph:
             tokens=tuple(header["tokens"]),
             token_ids=tensors["token_ids"],
             influence=tensors.get("influence"),
+            dropped=tensors.get("dropped"),
             **{key: header[key] for key in HEADER_TYPES if key not in ("labels", "tokens")},
         )
     except ValueError as problem:
@@ -137,7 +143,7 @@ def _tensors(source: Path, stored: Any) -> dict[str, np.ndarray]:
     """Read the known tensors after checking that each has its dtype and is a vector."""
     expected: dict[str, tuple[str, ...]] = {name: ("F64",) for name in SUMS}
     expected |= {f"nodes.{name}": (dtype,) for name, dtype in NODE_COLUMNS.items()}
-    expected |= {"token_ids": ("I64",), "influence": ("F64",), "adjacency.weights": ("F32", "F64")}
+    expected |= {"token_ids": ("I64",), "influence": ("F64",), "dropped": ("F64",), "adjacency.weights": ("F32", "F64")}
     expected |= {"adjacency.indices": ("I32",), "adjacency.indptr": ("I64",)}
     names = set(stored.keys())
     missing = sorted(set(expected) - names - set(OPTIONAL))

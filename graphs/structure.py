@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import networkx
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from graphs.errors import InputError
 from graphs.files import whole_file
@@ -59,17 +59,11 @@ def to_networkx(graph: AttributionGraph) -> networkx.DiGraph:
     return result
 
 
-def digraph(
-    graph: AttributionGraph,
-    node_mask: Bool[np.ndarray, " n_nodes"] | None = None,
-    edge_mask: Bool[np.ndarray, " n_edges"] | None = None,
-) -> networkx.DiGraph:
-    """Return the bare structure (no attributes) of the nodes and edges that the masks keep; nodes are graph indices."""
-    kept = slice(None) if edge_mask is None else edge_mask
-    sources, targets = graph.edge_sources[kept], graph.edge_targets[kept]
+def digraph(graph: AttributionGraph) -> networkx.DiGraph:
+    """Return the bare structure of the graph (no attributes); nodes are graph indices."""
     result = networkx.DiGraph()
-    result.add_nodes_from(range(graph.n_nodes) if node_mask is None else np.flatnonzero(node_mask).tolist())
-    result.add_edges_from(zip(sources.tolist(), targets.tolist(), strict=True))
+    result.add_nodes_from(range(graph.n_nodes))
+    result.add_edges_from(zip(graph.edge_sources.tolist(), graph.edge_targets.tolist(), strict=True))
     return result
 
 

@@ -83,8 +83,9 @@ def test_json_is_one_object_and_nothing_else(place: Path, capsys: pytest.Capture
     answer = json.loads(said.out)
     assert said.err == ""
     assert sorted(answer) == [
-        "active_features", "dictionaries", "files", "linearised", "model", "predictions", "prompt", "pruned",
-        "residual", "routes", "seconds", "settings", "sources", "targets", "themes", "thresholds", "tokens", "whole",
+        "active_features", "dictionaries", "dropped_share", "files", "linearised", "model", "predictions", "prompt",
+        "pruned", "residual", "routes", "seconds", "settings", "sources", "targets", "themes", "thresholds", "tokens",
+        "whole",
     ]  # fmt: skip
     assert Path(answer["files"]["native"]).is_file()
     probabilities = [one["probability"] for one in answer["predictions"]]
@@ -110,6 +111,17 @@ def test_targets_and_settings_reach_the_library(place: Path, capsys: pytest.Capt
     assert answer["settings"]["engine"] == "autograd"
     assert answer["settings"]["dtype"] == "float64"
     assert answer["settings"]["trace_bos"] is True
+
+
+def test_what_was_dropped_is_said(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*TRACE, "--drop", "0.05", "--json", "-o", "out"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["settings"]["drop"] == 0.05
+    assert 0.04 < answer["dropped_share"] == answer["settings"]["dropped_share"] <= 0.05 * (1 + 1e-9)
+    assert cli.main(["show", "out/graph.safetensors"]) == 0
+    assert "the smallest left out, at most 5.0% of a node's inputs" in capsys.readouterr().out
+    assert cli.main([*TRACE, "--drop", "5"]) == 2
+    assert "attribute(drop=5.0): must be in [0, 1); for 0.1 percent of every row pass 0.001" in capsys.readouterr().err
 
 
 def test_defaults_are_the_librarys():

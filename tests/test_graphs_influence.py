@@ -18,7 +18,7 @@ from graphs import (
     node_influence,
     replacement_score,
 )
-from graphs.influence import topological_levels
+from graphs.influence import flow, topological_levels
 from tests.reference_graphs import (
     FIXTURES,
     fixture_graph,
@@ -64,6 +64,18 @@ def test_influence_of_a_graph_whose_layers_are_no_order_is_the_same(seed):
     np.testing.assert_allclose(node_influence(shuffled), node_influence(graph), rtol=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_influence_does_not_depend_on_the_order_of_nodes(seed):
+    """Rows of one layer need not stand together."""
+    graph = random_graph(seed, n_layers=4, n_features=30)
+    order = np.random.default_rng(seed).permutation(graph.n_nodes)
+    weights = csr_array(graph.dense_adjacency()[np.ix_(order, order)])
+    mixed = replace(graph, nodes=graph.nodes.select(order), adjacency=weights)
+    assert (topological_levels(mixed) == mixed.nodes.depth).all()
+    np.testing.assert_allclose(node_influence(mixed), node_influence(graph)[order], rtol=1e-12)
+    assert completeness_score(mixed) == pytest.approx(completeness_score(graph), rel=1e-12)
+
+
 def test_a_cycle_is_named():
     graph = random_graph(0)
     weights = graph.dense_adjacency()
@@ -94,6 +106,12 @@ def test_scores_equal_their_formulas(seed):
     assert completeness_score(graph) == pytest.approx(
         (explained * (influence + p)).sum() / (influence + p).sum(), rel=1e-12
     )
+
+
+def test_scores_with_a_known_flow_are_the_same():
+    graph = random_graph(2, dtype=np.float32)
+    for score in (replacement_score, completeness_score):
+        assert score(graph, known=flow(graph)) == score(graph)
 
 
 def test_a_graph_without_errors_is_complete():

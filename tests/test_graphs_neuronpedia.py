@@ -50,6 +50,16 @@ def test_nodes_and_links_equal_the_reference_tool_s(folder):
     assert all(mine[pair] == pytest.approx(weight, abs=1e-5) for pair, weight in links.items())
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("density", [0.0, 0.6])
+def test_the_file_holds_the_object(tmp_path, dtype, density):
+    """Links are written without the object in between; the file is the same, byte for byte."""
+    graph = random_graph(3, n_features=40, density=density, dtype=dtype)
+    write_neuronpedia(graph, tmp_path / "graph.json", slug="a", feature_details={"neuronpedia_source_set": "b"})
+    document = to_neuronpedia(graph, slug="a", feature_details={"neuronpedia_source_set": "b"})
+    assert (tmp_path / "graph.json").read_text() == json.dumps(document, separators=(",", ":"))
+
+
 def _identity(node):
     kind = node["feature_type"]
     number = node["node_id"].split("_")[1] if "error" not in kind else node["layer"]

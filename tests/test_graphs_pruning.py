@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphs import InputError, cumulative_influence, edge_influence, node_influence, prune, prune_masks
-from graphs.pruning import selection_threshold
+from graphs import InputError, NodeKind, cumulative_influence, edge_influence, node_influence, prune, prune_masks
+from graphs.pruning import connected, selection_threshold
 from tests.reference_graphs import FIXTURES, dense_edges, fixture_graph, prune_densely, random_graph, sorted_threshold
 
 THRESHOLDS = [(0.8, 0.98), (0.5, 0.9), (0.3, 0.3), (1.0, 1.0), (0.0, 0.0)]
@@ -68,6 +68,29 @@ def test_every_kept_feature_has_a_way_in_and_out(seed, node_threshold, edge_thre
     assert networkx.is_directed_acyclic_graph(structure)
     assert small.nodes.is_embedding.sum() == graph.nodes.is_embedding.sum()
     assert len(small.targets) == len(graph.targets)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**20), density=st.floats(0, 0.3), kept=st.floats(0, 1))
+def test_the_fixpoint_equals_removing_nodes_one_at_a_time(seed, density, kept):
+    """On networkx, in any order: what has no way in or out goes, until nothing does."""
+    graph = random_graph(seed, n_layers=6, n_features=40, density=density)
+    rng = np.random.default_rng(seed)
+    always = graph.nodes.kind >= NodeKind.EMBEDDING
+    nodes = always | (rng.random(graph.n_nodes) < kept)
+    sources, targets = graph.edge_sources, graph.edge_targets
+    inside = nodes[sources] & nodes[targets]
+    structure = networkx.DiGraph(zip(sources[inside].tolist(), targets[inside].tolist(), strict=True))
+    structure.add_nodes_from(np.flatnonzero(nodes).tolist())
+    while lost := [
+        node
+        for node in structure
+        if not always[node]
+        and not (structure.out_degree(node) and (graph.nodes.is_error[node] or structure.in_degree(node)))
+    ]:
+        structure.remove_node(lost[int(rng.integers(len(lost)))])
+    found = connected(graph, nodes, sources[inside], targets[inside])
+    assert np.flatnonzero(found).tolist() == sorted(structure)
 
 
 def test_pruning_keeps_order_sums_weights_and_says_what_it_did():

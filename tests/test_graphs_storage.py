@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from graphs import AttributionGraph, InputError, node_influence, prune
@@ -57,6 +57,27 @@ def test_saving_replaces_a_file_whole_and_leaves_nothing_beside_it(tmp_path):
     random_graph(2).save(path)
     assert AttributionGraph.load(path).settings["seed"] == 2
     assert os.listdir(tmp_path) == ["x.graph"]
+
+
+def test_a_file_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o022)
+    try:
+        random_graph().save(tmp_path / "x.graph")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.graph").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    def full(*arguments, **settings):
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("graphs.storage.save_file", full)
+    with pytest.raises(
+        InputError, match=r"save\(path='.*'\): can't write there \(I/O error: No space left on device\)"
+    ):
+        random_graph().save(tmp_path / "x.graph")
+    assert not os.listdir(tmp_path)
 
 
 def test_settings_that_are_not_json_are_refused_before_anything_is_written(tmp_path):

@@ -59,6 +59,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
     )
     add(what, ATTRIBUTE, "--max-features", "trace the N most influential features only", type=int, metavar="N")
+    add(
+        what,
+        ATTRIBUTE,
+        "--drop",
+        "leave out each node's smallest inputs, up to this share of them all (default: 0, or 0.001 for large graphs)",
+        type=float,
+        metavar="SHARE",
+    )
     add(what, ATTRIBUTE, "--trace-bos", "trace the first position like any other", action="store_true")
     add(what, ATTRIBUTE, "--engine", "linear (fast) or autograd (the reference)")
     rest = parser.add_argument_group("what no dictionary replaces")
@@ -124,7 +132,7 @@ def _attribute(model: ReplacementModel, arguments: argparse.Namespace, advance: 
     from circuits import attribute
 
     names = ["position", "max_logits", "logit_probability", "max_features", "trace_bos", "engine"]
-    names += ["mlp", "attention", "ig_steps"]
+    names += ["mlp", "attention", "ig_steps", "drop"]
     settings = {name: getattr(arguments, name) for name in names}
     return attribute(model, arguments.prompt, targets=arguments.target, progress=advance, **settings)
 
