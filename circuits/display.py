@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from circuits.commands.models import Shipped
+    from circuits.preflight import Preflight
     from circuits.prompts import Outcome
 
 WIDTH = 100
@@ -93,6 +94,23 @@ def show_prompts(outcomes: Sequence[Outcome], *, folder: Path, seconds: float) -
         table,
         Text(f"\n{', '.join(counts)}, in {seconds:.1f} s; one folder each, and prompts.jsonl, in {folder}", FAINT),
     )
+
+
+def show_expected(expected: Preflight) -> None:
+    """Print what to expect of a trace."""
+    layers = "  ".join(f"L{layer} {count:,}" for layer, count in enumerate(expected.features_by_layer))
+    parts = f"tracing {expected.tracing_seconds:.1f}, pruning and writing {expected.finishing_seconds:.1f}"
+    model, rows = (f"{size / 1e9:.2f} GB" for size in (expected.loaded_bytes, expected.rows_bytes))
+    grid = _grid(3)
+    for name, value, meaning in (
+        ("tokens", f"{expected.tokens:,}", ""),
+        ("active features", f"{expected.active_features:,}", layers),
+        ("rows to compute", f"{expected.rows:,}", f"with about {expected.edges:,} edges"),
+        ("time", f"{expected.seconds:.1f} s", f"after loading: {parts}"),
+        ("memory", f"{expected.peak_bytes / 1e9:.2f} GB", f"at most: {model} once loaded, {rows} for the rows kept"),
+    ):
+        grid.add_row(Text(name, FAINT), Text(value, TITLE), Text(meaning, FAINT))
+    emit(grid, Text("\ncounts are exact; time and memory come from a few rows that were traced", FAINT))
 
 
 def show_models(models: Sequence[Shipped]) -> None:
