@@ -72,19 +72,12 @@ def attribute(
     """
     check_settings(max_features, max_logits, logit_probability, batch_size, update_interval)
     with torch.no_grad():
+        rule = Linearisation(mlp=mlp, attention=attention, steps=ig_steps)
         tracer = prepare(
-            model,
-            prompt,
-            targets=targets,
-            position=position,
-            max_logits=max_logits,
-            logit_probability=logit_probability,
-            engine=engine,
-            trace_bos=trace_bos,
-            linearisation=Linearisation(mlp=mlp, attention=attention, steps=ig_steps),
-            batch_size=batch_size,
+            model, prompt, targets=targets, position=position, max_logits=max_logits, engine=engine,
+            logit_probability=logit_probability, trace_bos=trace_bos, linearisation=rule, batch_size=batch_size,
             progress=progress,
-        )
+        )  # fmt: skip
         local = tracer.local
         tracer.run(max_features, batch_size * update_interval)
         settings: dict[str, Any] = {

@@ -83,8 +83,8 @@ class Batch(NamedTuple):
     def cost(self) -> Float[np.ndarray, " terms"]:
         """The terms of its time, each with a constant of its own."""
         n, area = len(self.features), self.prefix * self.layers
-        terms = (1, self.layers, n * self.columns, n * area, n * area * self.prefix)
-        terms += (self.sources, self.sources * self.layers)
+        of_rows = (n * self.columns, n * area, n * area * self.prefix)
+        terms = (1, self.layers, *of_rows, self.sources, self.sources * self.layers)
         return np.array(terms, dtype=float)
 
 

@@ -66,6 +66,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(rest, ATTRIBUTE, "--attention", "frozen (values move by the pattern) or gradient (queries and keys too)")
     add(rest, ATTRIBUTE, "--ig-steps", "points of integrated gradients", type=int, metavar="N")
     add_thresholds(parser)
+    _configure_output(parser)
+
+
+def _configure_output(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument(
         "-o", "--output", type=Path, metavar="DIR", help="folder (default: circuits-out/ and the prompt's words)"

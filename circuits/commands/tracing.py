@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
 N_PREDICTIONS = 5
 LOADING = ("dictionaries", "dtype", "device")
-TRACING = ("position", "max_logits", "logit_probability", "max_features", "trace_bos", "engine")
-TRACING += ("mlp", "attention", "ig_steps")
+TRACING = (
+    *("position", "max_logits", "logit_probability", "max_features", "trace_bos"),
+    *("engine", "mlp", "attention", "ig_steps"),
+)
 
 
 class Traced(NamedTuple):
