@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as problem:
         return _refuse(str(problem))
     except KeyboardInterrupt as stop:
-        print(f"circuits: interrupted; {stop or 'nothing was written'}", file=sys.stderr)
+        print(f"circuits: interrupted; {str(stop) or 'nothing was written'}", file=sys.stderr)
         return INTERRUPTED
     return code
 
