@@ -74,26 +74,49 @@ def attribute(
     Raises InputError for a prompt, target or setting that cannot be used, and where rows do not add up because the
     architecture has paths that are not known here.
     """
-    _check_settings(max_features, max_logits, logit_probability, batch_size, update_interval, drop)
-    tokens, specs = model.tokenize(prompt), as_specs(targets)
-    last = last_position(specs, position, len(tokens))
-    specs, at = from_start(specs, len(tokens)), (-1 if position is None else position) % len(tokens)
+    check_settings(max_features, max_logits, logit_probability, batch_size, update_interval, drop)
     with torch.no_grad():
         rule = Linearisation(mlp=mlp, attention=attention, steps=ig_steps)
-        local = model.local(tokens[: last + 1], trace_bos=trace_bos, linearisation=rule)
-        resolved = resolve(
-            model, local, specs, position=min(at, last), max_logits=max_logits, logit_probability=logit_probability
-        )
-        tracer = _Tracer(local, model.engine(local, engine), resolved, batch_size, progress)
+        tracer = prepare(
+            model, prompt, targets=targets, position=position, max_logits=max_logits, engine=engine,
+            logit_probability=logit_probability, trace_bos=trace_bos, linearisation=rule, batch_size=batch_size,
+            progress=progress,
+        )  # fmt: skip
         tracer.run(max_features, batch_size * update_interval, drop)
         settings: dict[str, Any] = {"engine": engine, "dtype": str(model.dtype).removeprefix("torch.")}
         settings |= {"max_features": max_features, "max_logits": max_logits, "logit_probability": logit_probability}
         settings |= {"trace_bos": trace_bos, "drop": tracer.drop, "dropped_share": tracer.dropped_share}
-        settings |= _how_linearised(local)
+        settings |= _how_linearised(tracer.local)
+        tokens = model.tokenize(prompt)
         text = prompt if isinstance(prompt, str) else model.bridge.tokenizer.decode(tokens.tolist())
-        graph = _assemble(model, tracer, text, settings)
+        graph = assemble(model, tracer, text, settings)
     _require_whole_rows(model, graph)
     return graph
+
+
+def prepare(
+    model: ReplacementModel,
+    prompt: str | Int[Tensor, " pos"],
+    *,
+    targets: Spec | Sequence[Spec] | None,
+    position: int | None,
+    max_logits: int,
+    logit_probability: float,
+    engine: str,
+    trace_bos: bool,
+    linearisation: Linearisation,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> Tracer:
+    """All that comes before the first row, arguments as in `attribute`: one forward pass, features, targets."""
+    tokens, specs = model.tokenize(prompt), as_specs(targets)
+    last = last_position(specs, position, len(tokens))
+    specs, at = from_start(specs, len(tokens)), (-1 if position is None else position) % len(tokens)
+    local = model.local(tokens[: last + 1], trace_bos=trace_bos, linearisation=linearisation)
+    resolved = resolve(
+        model, local, specs, position=min(at, last), max_logits=max_logits, logit_probability=logit_probability
+    )
+    return Tracer(local, model.engine(local, engine), resolved, batch_size, progress)
 
 
 def _how_linearised(local: LocalModel) -> dict[str, Any]:
@@ -109,7 +132,7 @@ def _how_linearised(local: LocalModel) -> dict[str, Any]:
     return said
 
 
-def _check_settings(
+def check_settings(
     max_features: int | None,
     max_logits: int,
     logit_probability: float,
@@ -117,6 +140,7 @@ def _check_settings(
     update_interval: int,
     drop: float | None,
 ) -> None:
+    """Raise InputError for a setting that `attribute` cannot use."""
     check_drop(drop)
     for name, value in (("max_logits", max_logits), ("batch_size", batch_size), ("update_interval", update_interval)):
         if not _is_whole(value) or value < 1:
@@ -142,7 +166,7 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-class _Tracer:
+class Tracer:
     """Computes rows, targets first, and keeps them sparse; columns are features, errors, embeddings in that order."""
 
     def __init__(
@@ -158,23 +182,36 @@ class _Tracer:
         self.drop = self.dropped_share = 0.0  # asked for, and the largest of a row
         self.order: list[int] = []  # which feature each row after the targets' belongs to
 
+    def chosen_drop(self, drop: float | None, wanted: int) -> float:
+        """The bound on what rows drop, the default one where None is asked for."""
+        n_sources = len(self.depth) + (len(self.local.slots) + 1) * self.local.n_positions
+        return chosen_drop(drop, n_rows=len(self.targets) + wanted, n_sources=n_sources)
+
     def run(self, max_features: int | None, update_every: int, drop: float | None) -> None:
         """Rows of all targets, then of features until there are `max_features`."""
-        wanted = self.reachable if max_features is None else min(max_features, self.reachable)
-        n_sources = len(self.depth) + (len(self.local.slots) + 1) * self.local.n_positions
-        self.drop = chosen_drop(drop, n_rows=len(self.targets) + wanted, n_sources=n_sources)
-        self._trace_targets()
+        wanted = self.wanted(max_features)
+        self.drop = self.chosen_drop(drop, wanted)
+        self.trace_targets()
         while len(self.order) < wanted:
             room = wanted - len(self.order)
-            chosen = np.arange(self.reachable) if wanted == self.reachable else self._rank()[: min(update_every, room)]
-            for batch in self._batches(np.sort(chosen)):
-                index = torch.from_numpy(batch).to(self.local.forward.tokens)
-                self._keep(total_rows(self.engine, self.local.feature_targets(index)))
-                self.order += batch.tolist()
+            chosen = np.arange(self.reachable) if wanted == self.reachable else self.rank()[: min(update_every, room)]
+            for batch in self.batches(np.sort(chosen)):
+                self.trace(batch)
                 if self.progress is not None:
                     self.progress(len(self.order), wanted)
 
-    def _trace_targets(self) -> None:
+    def wanted(self, max_features: int | None) -> int:
+        """How many features get a row."""
+        return self.reachable if max_features is None else min(max_features, self.reachable)
+
+    def trace(self, features: Int[np.ndarray, " batch"]) -> None:
+        """Rows of features of one depth."""
+        index = torch.from_numpy(features).to(self.local.forward.tokens)
+        self._keep(total_rows(self.engine, self.local.feature_targets(index)))
+        self.order += features.tolist()
+
+    def trace_targets(self) -> None:
+        """Rows of all targets."""
         done: dict[int, tuple[csr_array, np.ndarray]] = {}
         for at in sorted(set(self.depths)):
             index = [i for i, found in enumerate(self.depths) if found == at]
@@ -187,7 +224,7 @@ class _Tracer:
             self.rows.append(done[i][0])
             self.constants.append(done[i][1])
 
-    def _rank(self) -> Int[np.ndarray, " n"]:
+    def rank(self) -> Int[np.ndarray, " n"]:
         """Features without a row, most influential first, by the rows known so far."""
         weights = np.array([target.weight for target in self.targets])
         order = np.array(self.order, dtype=int)
@@ -197,7 +234,7 @@ class _Tracer:
         influence[self.order] = -1.0
         return np.argsort(-influence, kind="stable")[: self.reachable - len(self.order)]
 
-    def _batches(self, features: Int[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " batch"]]:
+    def batches(self, features: Int[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " batch"]]:
         """Batches of one depth each, in the features' order (depth, position), so that prefixes stay short."""
         depths = self.depth[features]
         for at in np.unique(depths):
@@ -216,14 +253,19 @@ class _Tracer:
 
 def _sweep_batch(local: LocalModel) -> int:
     """How many targets one sweep can carry within SWEEP_BYTES."""
+    return max(1, SWEEP_BYTES // sweep_bytes(local))
+
+
+def sweep_bytes(local: LocalModel) -> int:
+    """What one target takes of a sweep's working arrays."""
     block = local.path.weights.blocks[0]
     heads = block.W_O.shape[0] * block.W_O.shape[1]
     width = local.n_positions * (4 * local.forward.embedding.shape[1] + 3 * heads)
     sources = len(local.features.layer) + (len(local.slots) + 1) * local.n_positions
-    return max(1, SWEEP_BYTES // ((width + 2 * sources) * local.forward.embedding.element_size()))
+    return (width + 2 * sources) * local.forward.embedding.element_size()
 
 
-def _assemble(model: ReplacementModel, tracer: _Tracer, prompt: str, settings: dict[str, Any]) -> AttributionGraph:
+def assemble(model: ReplacementModel, tracer: Tracer, prompt: str, settings: dict[str, Any]) -> AttributionGraph:
     """Node table in the reference order and the square sparse matrix."""
     local, targets = tracer.local, tracer.targets
     order = np.array(tracer.order, dtype=int)

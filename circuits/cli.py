@@ -67,10 +67,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 1 where a part failed, 2 for a user's mistake, 130 for Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows "?", and that is all
+    code = 0
     try:
         top = parser()
         arguments = top.parse_args(argv)
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif arguments.command is None:
             top.print_help()
         else:
-            _module(arguments.command).run(arguments)
+            code = _module(arguments.command).run(arguments) or 0
         sys.stdout.flush()
     except (GraphInputError, ModelInputError) as mistake:
         return _refuse(str(mistake))
@@ -87,10 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as problem:
         return _refuse(str(problem))
-    except KeyboardInterrupt:
-        print("circuits: interrupted; nothing was written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"circuits: interrupted; {str(stop) or 'nothing was written'}", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    return code
 
 
 def _module(command: str) -> ModuleType:

@@ -19,17 +19,22 @@ from rich.table import Table
 from rich.text import Text
 
 from circuits.report import Prediction, Report, Route, Step, Theme, place, quoted
+from graphs.names import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from circuits.commands.models import Shipped
+    from circuits.preflight import Preflight
+    from circuits.prompts import Outcome
 
 WIDTH = 100
 """Widest line, and the width where there is no terminal to ask."""
 TOKEN, FEATURE, TARGET, ERROR, FAINT, TITLE = "green", "yellow", "bold magenta", "red", "dim", "bold"
 PROMPT_TOKENS = 40
 """Of longer prompts only the end is shown."""
+PROMPT_CELLS = 40
+"""How much of a prompt a table shows."""
 
 
 def emit(*parts: RenderableType) -> None:
@@ -64,6 +69,48 @@ def show(
 def show_files(files: Mapping[Path, str]) -> None:
     """Print which files were written, and what for."""
     emit(_files(files))
+
+
+def show_prompts(outcomes: Sequence[Outcome], *, folder: Path, seconds: float) -> None:
+    """Print what came of many prompts, a line each."""
+    table = _grid(6, justify=("right", "left", "left", "right", "right", "right"))
+    heads = ("", "prompt", "next token", "replacement", "completeness", "seconds")
+    table.add_row(*(Text(head, FAINT) for head in heads))
+    for one in outcomes:
+        prompt = Text(printable(one.prompt) if one.error is None else "failed: " + printable(one.prompt))
+        prompt.truncate(PROMPT_CELLS, overflow="ellipsis")
+        if one.found is None:
+            table.add_row(str(one.number), prompt, style=ERROR)
+            continue
+        said = Text(printable(one.found["prediction"]).strip(), TARGET)
+        said.append(f" {_percent(one.found['probability'])}", FAINT)
+        scores = (f"{one.found[name]:.3f}" for name in ("replacement_score", "completeness_score"))
+        took = Text("done before", FAINT) if one.skipped else Text(f"{one.seconds:.1f}")
+        table.add_row(str(one.number), prompt, said, *scores, took)
+    skipped, failed = sum(one.skipped for one in outcomes), sum(one.found is None for one in outcomes)
+    counts = [f"{len(outcomes) - skipped - failed} traced"]
+    counts += [f"{skipped} done before"] * bool(skipped) + [f"{failed} failed"] * bool(failed)
+    emit(
+        table,
+        Text(f"\n{', '.join(counts)}, in {seconds:.1f} s; one folder each, and prompts.jsonl, in {folder}", FAINT),
+    )
+
+
+def show_expected(expected: Preflight) -> None:
+    """Print what to expect of a trace."""
+    layers = "  ".join(f"L{layer} {count:,}" for layer, count in enumerate(expected.features_by_layer))
+    parts = f"tracing {expected.tracing_seconds:.1f}, pruning and writing {expected.finishing_seconds:.1f}"
+    model, rows = (f"{size / 1e9:.2f} GB" for size in (expected.loaded_bytes, expected.rows_bytes))
+    grid = _grid(3)
+    for name, value, meaning in (
+        ("tokens", f"{expected.tokens:,}", ""),
+        ("active features", f"{expected.active_features:,}", layers),
+        ("rows to compute", f"{expected.rows:,}", f"with about {expected.edges:,} edges"),
+        ("time", f"{expected.seconds:.1f} s", f"after loading: {parts}"),
+        ("memory", f"{expected.peak_bytes / 1e9:.2f} GB", f"at most: {model} once loaded, {rows} for the rows kept"),
+    ):
+        grid.add_row(Text(name, FAINT), Text(value, TITLE), Text(meaning, FAINT))
+    emit(grid, Text("\ncounts are exact; time and memory come from a few rows that were traced", FAINT))
 
 
 def show_models(models: Sequence[Shipped]) -> None:
@@ -236,10 +283,11 @@ class Stages:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task = progress.add_task("", total=None)
+        self.about = ""  # what all that follows is a part of
 
     def begin(self, what: str) -> None:
         """Say what begins now."""
-        self._progress.reset(self._task, total=None, description=what)
+        self._progress.reset(self._task, total=None, description=self.about + what)
 
     def advance(self, done: int, total: int) -> None:
         """Say how much of it is done."""

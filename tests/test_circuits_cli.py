@@ -137,7 +137,7 @@ def test_defaults_are_the_librarys():
             if name in arguments and parameter.default is not parameter.empty:
                 assert arguments[name] == parameter.default == default(call, name)
                 checked.add(name)
-    own = {"prompt", "command", "version", "json", "output", "format", "target"}
+    own = {"prompt", "prompts", "dry_run", "command", "version", "json", "output", "format", "target"}
     assert checked == set(arguments) - own
 
 
@@ -287,7 +287,7 @@ MISTAKES = {
         lambda place: (place / "out/graph.json").mkdir(parents=True), [*TRACE, *OUT], "is a folder, needs a file"
     ),
     "svg without Graphviz": (_no_graphviz, [*TRACE, "--format", "svg"], "Graphviz is not installed (no `dot`"),
-    "no prompt": (NOTHING, ["trace"], "the following arguments are required: PROMPT; see circuits trace --help"),
+    "no prompt": (NOTHING, ["trace"], "one of the arguments PROMPT --prompts is required; see circuits trace --help"),
     "unknown option": (NOTHING, [*TRACE, "--colour"], "unrecognized arguments: --colour"),
     "unknown command": (NOTHING, ["draw"], "invalid choice: 'draw'"),
     "no such graph": (NOTHING, ["show", "nowhere.safetensors"], "no such file"),

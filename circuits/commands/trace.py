@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
 
-from circuits.commands.options import add, add_thresholds, print_json, thresholds
-
-if TYPE_CHECKING:
-    from circuits.report import Prediction
-    from graphs import AttributionGraph
-    from replacement import ReplacementModel
+from circuits.commands import tracing
+from circuits.commands.options import add, add_thresholds, print_json
 
 ATTRIBUTE = "circuits.attribution:attribute"
 LOAD = "replacement.model:ReplacementModel.load"
-N_PREDICTIONS = 5
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Name the command's arguments."""
-    parser.add_argument("prompt", metavar="PROMPT", help="text whose next token is explained")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("prompt", metavar="PROMPT", nargs="?", help="text whose next token is explained")
+    given.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="trace many: one prompt a line, '-' for standard input, or .jsonl with 'prompt' and perhaps 'target'; "
+        "each gets a folder in -o DIR, and those that are done are skipped when the command is given again",
+    )
     model = parser.add_argument_group("model")
     add(model, LOAD, "--model", "a shipped model, a Hugging Face directory, or a hub id")
     add(
@@ -74,101 +74,89 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(rest, ATTRIBUTE, "--attention", "frozen (values move by the pattern) or gradient (queries and keys too)")
     add(rest, ATTRIBUTE, "--ig-steps", "points of integrated gradients", type=int, metavar="N")
     add_thresholds(parser)
+    _configure_output(parser)
+
+
+def _configure_output(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
-    out.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder (default: circuits-out/PROMPT)")
+    out.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="folder (default: circuits-out/ and the prompt's words)"
+    )
     out.add_argument(
         "--format",
         metavar="LIST",
         help="svg, png, json, dot, graphml, native; several with commas (default: svg,json,dot,native)",
     )
+    out.add_argument(
+        "--dry-run", action="store_true", help="print what to expect, and trace nothing: features, rows, time, memory"
+    )
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Trace, prune, write, report."""
-    started = perf_counter()
+def run(arguments: argparse.Namespace) -> int:
+    """Trace, prune, write, report; returns the exit code, 1 where some of many prompts failed."""
     # before torch is loaded: its threads sleep while they wait. Spinning, as they do by default, makes a small model's
     # trace take 20 times as long on a machine whose cores are busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from circuits import outputs
 
     formats = outputs.parse_formats(arguments.format)
-    folder = arguments.output or outputs.ROOT / outputs.slug(arguments.prompt)
+    name = outputs.slug(arguments.prompt if arguments.prompts is None else Path(arguments.prompts).stem)
+    folder = arguments.output or outputs.ROOT / name
     outputs.check_folder(folder)
-    _check_thresholds(arguments)
+    tracing.check_thresholds(arguments)
+    if arguments.prompts is not None:
+        from circuits.commands import trace_prompts
 
+        return trace_prompts.run(arguments, folder, formats)
+    if arguments.dry_run:
+        _expect(arguments)
+    else:
+        _trace(arguments, folder, formats)
+    return 0
+
+
+def _trace(arguments: argparse.Namespace, folder: Path, formats: Sequence[str]) -> None:
+    started = perf_counter()
+    from circuits import outputs
     from circuits.display import show, stages
-    from circuits.report import as_json, report
+    from circuits.report import as_json
 
-    clock = _Clock()
+    clock = tracing.Clock()
     with stages() as progress:
         progress.begin(f"loading {arguments.model}")
         with clock.time("loading"):
-            from graphs import prune
-            from replacement import ReplacementModel
-
-            loading = {name: getattr(arguments, name) for name in ("dictionaries", "dtype", "device")}
-            model = ReplacementModel.load(arguments.model, **loading)
-        progress.begin("tracing")
-        with clock.time("tracing"):
-            predictions = _predictions(model, arguments.prompt, arguments.position)
-            graph = _attribute(model, arguments, progress.advance)
-        progress.begin("pruning")
-        with clock.time("pruning and writing"):
-            pruned = prune(graph, **thresholds(arguments))
-            facts = report(graph, pruned, predictions=predictions)
-            files = outputs.names(folder, formats)
-            outputs.write(graph, pruned, files)
+            model = tracing.load(arguments)
+        facts, settings, files = tracing.trace(
+            model,
+            arguments,
+            prompt=arguments.prompt,
+            targets=arguments.target,
+            folder=folder,
+            formats=formats,
+            clock=clock,
+            progress=progress,
+        )
     seconds = perf_counter() - started
     if arguments.json:
         written = {name: str(path) for path, name in files.items()}
-        print_json({**as_json(facts), "settings": dict(graph.settings), "files": written, "seconds": round(seconds, 3)})
+        print_json({**as_json(facts), "settings": settings, "files": written, "seconds": round(seconds, 3)})
         return
     notes = [] if arguments.format or outputs.has_graphviz() else [outputs.NO_GRAPHVIZ]
     purposes = {path: outputs.FORMATS[name].purpose for path, name in files.items()}
     show(facts, files=purposes, notes=notes, took=f"{seconds:.1f} s: {clock}")
 
 
-def _attribute(model: ReplacementModel, arguments: argparse.Namespace, advance: object) -> AttributionGraph:
-    from circuits import attribute
+def _expect(arguments: argparse.Namespace) -> None:
+    """Say what a trace would take."""
+    from circuits.display import show_expected, stages
+    from circuits.preflight import preflight
 
-    names = ["position", "max_logits", "logit_probability", "max_features", "trace_bos", "engine"]
-    names += ["mlp", "attention", "ig_steps", "drop"]
-    settings = {name: getattr(arguments, name) for name in names}
-    return attribute(model, arguments.prompt, targets=arguments.target, progress=advance, **settings)
-
-
-def _predictions(model: ReplacementModel, prompt: str, position: int | None) -> tuple[Prediction, ...]:
-    from circuits.report import Prediction
-    from replacement.errors import InputError
-
-    logits = model.logits(prompt)
-    at = -1 if position is None else position
-    if not -len(logits) <= at < len(logits):
-        raise InputError(f"position {at}: the prompt has positions 0 to {len(logits) - 1} (0 is BOS)")
-    top = logits[at].double().softmax(-1).topk(min(N_PREDICTIONS, logits.shape[-1]))
-    words = model.token_strings(top.indices)
-    return tuple(Prediction(token, float(p)) for token, p in zip(words, top.values, strict=True))
-
-
-def _check_thresholds(arguments: argparse.Namespace) -> None:
-    """Refuse a wrong threshold before the long work, not after it."""
-    from graphs.pruning import check_threshold
-
-    for name, value in thresholds(arguments).items():
-        check_threshold(name, value)
-
-
-class _Clock:
-    """How long each stage took."""
-
-    def __init__(self) -> None:
-        self._stages: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        started = perf_counter()
-        yield
-        self._stages[stage] = perf_counter() - started
-
-    def __str__(self) -> str:
-        return ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self._stages.items())
+    with stages() as progress:
+        progress.begin(f"loading {arguments.model}")
+        model = tracing.load(arguments)
+        progress.begin("sampling rows")
+        expected = preflight(model, arguments.prompt, targets=arguments.target, **tracing.settings(arguments))
+    if arguments.json:
+        print_json(expected.as_json())
+        return
+    show_expected(expected)
