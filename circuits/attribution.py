@@ -18,7 +18,7 @@ from torch import Tensor
 
 from circuits.rows import check_drop, chosen_drop, store
 from circuits.selection import partial_influence
-from circuits.targets import Spec, Target, as_specs, depth, from_start, last_position, reads, resolve
+from circuits.targets import Feature, Spec, Target, as_specs, depth, from_start, last_position, reads, resolve
 from graphs.graph import MLP, AttributionGraph, NodeKind, NodeTable, row_residual
 from replacement.contributions import Contributions, Engine, total_rows
 from replacement.crosscoder import Crosscoder
@@ -86,7 +86,7 @@ def attribute(
         settings: dict[str, Any] = {"engine": engine, "dtype": str(model.dtype).removeprefix("torch.")}
         settings |= {"max_features": max_features, "max_logits": max_logits, "logit_probability": logit_probability}
         settings |= {"trace_bos": trace_bos, "drop": tracer.drop, "dropped_share": tracer.dropped_share}
-        settings |= _how_linearised(tracer.local)
+        settings |= _as_asked(model, targets) | _how_linearised(tracer.local)
         tokens = model.tokenize(prompt)
         text = prompt if isinstance(prompt, str) else model.bridge.tokenizer.decode(tokens.tolist())
         graph = assemble(model, tracer, text, settings)
@@ -117,6 +117,15 @@ def prepare(
         model, local, specs, position=min(at, last), max_logits=max_logits, logit_probability=logit_probability
     )
     return Tracer(local, model.engine(local, engine), resolved, batch_size, progress)
+
+
+def _as_asked(model: ReplacementModel, targets: Spec | Sequence[Spec] | None) -> dict[str, Any]:
+    """What the graph's header says of what was asked for, where that is text or numbers."""
+    said: dict[str, Any] = {"sets": list(model.loaded_from)} if model.loaded_from else {}
+    specs = as_specs(targets)
+    if specs is not None and all(isinstance(spec, str | int | Feature) for spec in specs):
+        said["targets"] = [str(spec) if isinstance(spec, Feature) else spec for spec in specs]
+    return said
 
 
 def _how_linearised(local: LocalModel) -> dict[str, Any]:
@@ -260,7 +269,9 @@ def sweep_bytes(local: LocalModel) -> int:
     """What one target takes of a sweep's working arrays."""
     block = local.path.weights.blocks[0]
     heads = block.W_O.shape[0] * block.W_O.shape[1]
-    width = local.n_positions * (4 * local.forward.embedding.shape[1] + 3 * heads)
+    hidden = max((mlp.c_in.shape[1] for mlp in local.path.mlps.values()), default=0)
+    patterns = block.W_O.shape[0] * local.n_positions if local.path.attentions is not None else 0
+    width = local.n_positions * (4 * local.forward.embedding.shape[1] + 3 * (heads + hidden + patterns))
     sources = len(local.features.layer) + (len(local.slots) + 1) * local.n_positions
     return (width + 2 * sources) * local.forward.embedding.element_size()
 

@@ -49,6 +49,9 @@ def spliced(
     At a written slot the model's value x becomes x plus what the edits change: the features' writes and the error, both
     those of this run. Position 0 stays as it is. leaves: tensors that are added at written sites, to take gradients at.
     """
+    if any(isinstance(dictionary, Crosscoder) for dictionary in model.coverage):
+        raise InputError(f"spliced: {model.coverage.name} holds an acausal crosscoder; leave it out")
+    model.require_own_precision("spliced dictionaries")
     run = _Spliced(model, features, errors, leaves or {})
     logits = model.bridge.run_with_hooks(tokens, fwd_hooks=run.hooks())
     return logits, run.values
@@ -68,14 +71,17 @@ class _Spliced:
         self.shifts: dict[int, Tensor] = {}  # by how much a block's middle was moved
 
     def hooks(self) -> list[sites.Hook]:
-        """All reads before all writes, so that a site that is both is read as it was."""
+        """All reads before all writes, so that a site that is both is read as it was; but what an edited middle of the
+        block does to its end is done before that is read.
+        """
         hooks: list[sites.Hook] = []
+        for layer in (slot.layer for slot in self.coverage.writes if slot.place is Place.MID):
+            # the middle's hook feeds the MLP alone; the stream that goes by it changes as well
+            hooks.append((sites.hook_name(layer, "hook_resid_post"), self._shifter(layer)))
         for slot, dictionary in self.coverage.at.items():
             hooks.append((sites.hook_name(slot.layer, dictionary.read), self._reader(slot)))
         for slot, site in self.coverage.writes.items():
             hooks.append((sites.hook_name(slot.layer, site), self._writer(slot)))
-            if slot.place is Place.MID:  # this hook feeds the MLP alone; the stream that goes by it changes as well
-                hooks.append((sites.hook_name(slot.layer, "hook_resid_post"), self._shifter(slot.layer)))
         return hooks
 
     def _reader(self, slot: Slot) -> Callable[..., None]:
@@ -139,7 +145,7 @@ def indirect_effects(
     patch: prompts of the same shape; None patches with zero. Raises InputError where the shapes differ, another method
     is asked for, or a crosscoder is acausal: its features read what comes after their writes.
     """
-    _check(model, clean, patch, method)
+    _check(clean, patch, method)
     with torch.no_grad():
         logits, before = spliced(model, clean)
         after = _zero(before) if patch is None else spliced(model, patch)[1]
@@ -160,14 +166,12 @@ def indirect_effects(
     return _effects(model, before, after, found)
 
 
-def _check(model: ReplacementModel, clean: Tensor, patch: Tensor | None, method: str) -> None:
+def _check(clean: Tensor, patch: Tensor | None, method: str) -> None:
     if method not in METHODS:
         raise InputError(f"indirect_effects(method={method!r}): needs one of {', '.join(METHODS)}")
     if clean.ndim != 2 or (patch is not None and patch.shape != clean.shape):
         other = "" if patch is None else f" and {list(patch.shape)}"
         raise InputError(f"indirect_effects: prompts of shape {list(clean.shape)}{other}, needs two alike [batch, pos]")
-    if any(isinstance(dictionary, Crosscoder) for dictionary in model.coverage):
-        raise InputError(f"indirect_effects: {model.coverage.name} holds an acausal crosscoder; leave it out")
 
 
 def _slots(model: ReplacementModel) -> list[Slot]:

@@ -21,11 +21,12 @@ from safetensors.numpy import save as serialize
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from circuits.targets import Spec, Target, as_specs, reads, resolve
+from circuits.targets import Spec, Target, as_specs, from_start, reads, resolve
 from graphs.files import whole_file
 from graphs.graph import AttributionGraph, NodeKind
 from replacement.contributions import enter
 from replacement.errors import InputError
+from replacement.linear import apply_norm
 from replacement.linearised import Linearisation
 from replacement.local import LocalModel, Targets
 from replacement.model import ReplacementModel
@@ -97,46 +98,78 @@ def head_loadings(
     local = model.local(tokens, trace_bos=bool(settings.get("trace_bos")), linearisation=rule)
     wanted = np.arange(graph.n_edges) if edges is None else np.asarray(list(edges), dtype=np.int64)
     target, source = graph.edge_targets[wanted], graph.edge_sources[wanted]
-    n_heads = model.weights.blocks[0].W_O.shape[0]
-    values = np.zeros((len(wanted), local.n_layers * n_heads + 1))
     with torch.no_grad():
         rows = _Rows(local, graph, _targets(model, local, graph, targets))
-        pulls = {int(node): _pull(local, rows.reads(int(node))) for node in np.unique(target)}
-        sources = np.unique(source)
-        for start in range(0, len(sources), SOURCES_AT_ONCE):
-            chunk = sources[start : start + SOURCES_AT_ONCE]
-            streams = _carried(local, rows, chunk)
-            for node, pull in pulls.items():
-                here = np.flatnonzero((target == node) & np.isin(source, chunk))
-                at = torch.from_numpy(np.searchsorted(chunk, source[here])).to(local.forward.tokens.device)
-                for layer, gradient in pull.heads.items():
-                    carried = torch.einsum("hkd,skd->sh", gradient, streams[layer][at])
-                    values[here, layer * n_heads : (layer + 1) * n_heads] = carried.double().cpu().numpy()
-                values[here, -1] = [_direct(local, rows.writes(int(s)), pull) for s in source[here]]
-    return HeadLoadings(target, source, csr_array(values), n_heads)
+        loadings = _split(local, rows, target, source)
+    _require_whole(loadings, graph.adjacency.data[wanted])
+    return HeadLoadings(target, source, loadings, model.weights.blocks[0].W_O.shape[0])
+
+
+def _split(
+    local: LocalModel, rows: _Rows, target: Int[np.ndarray, " n_edges"], source: Int[np.ndarray, " n_edges"]
+) -> csr_array:
+    """The loadings of edges between two lists of nodes."""
+    n_heads = local.path.weights.blocks[0].W_O.shape[0]
+    pulls = {int(node): _pull(local, rows.reads(int(node))) for node in np.unique(target)}
+    sources = np.unique(source)
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # edge, column, value
+    for start in range(0, len(sources), SOURCES_AT_ONCE):
+        chunk = sources[start : start + SOURCES_AT_ONCE]
+        writes = [rows.writes(int(node)) for node in chunk]
+        streams = _carried(local, writes)
+        for node, pull in pulls.items():
+            here = np.flatnonzero((target == node) & np.isin(source, chunk))
+            at = np.searchsorted(chunk, source[here])
+            for layer, values in pull.heads.items():
+                pattern = local.forward.blocks[layer].pattern[:, pull.position]
+                read = streams[layer][torch.from_numpy(at).to(pattern.device)]
+                carried = torch.einsum("hk,hd,skd->sh", pattern, values, read).double().cpu().numpy()
+                edge, head = carried.nonzero()
+                parts.append((here[edge], layer * n_heads + head, carried[edge, head]))
+            direct = np.array([_direct(local, writes[i], pull) for i in at])
+            alone = np.flatnonzero(direct)
+            parts.append((here[alone], np.full(len(alone), local.n_layers * n_heads), direct[alone]))
+    shape = len(target), local.n_layers * n_heads + 1
+    if not parts:
+        return csr_array(shape)
+    edges, columns, found = (np.concatenate(of) for of in zip(*parts, strict=True))
+    return csr_array((found, (edges, columns)), shape=shape)
+
+
+def _require_whole(loadings: csr_array, weights: Float[np.ndarray, " n_edges"]) -> None:
+    """Raise InputError unless the parts add up to the edges, as they don't for another model or other targets."""
+    gap = np.abs(loadings.sum(1) - weights)
+    if len(weights) and gap.max() > 1e-3 * np.abs(weights).max():
+        raise InputError(
+            "head_loadings: the parts do not add up to the graph's edges; pass the model, dictionaries and targets "
+            "that it was traced with"
+        )
 
 
 def _targets(
     model: ReplacementModel, local: LocalModel, graph: AttributionGraph, given: Spec | Sequence[Spec] | None
 ) -> list[Target]:
-    """The graph's targets, from what was given or from what its nodes say."""
+    """The graph's targets, from what was given, or from what its header and nodes say."""
+    said = graph.settings.get("targets") if given is None else given
+    specs = from_start(as_specs(said), local.n_positions)
     found: list[Target] = []
-    for node in graph.targets.tolist():
+    for number, node in enumerate(graph.targets.tolist()):
         token, position = int(graph.nodes.feature[node]), int(graph.nodes.position[node])
-        specs = as_specs(token if token >= 0 else graph.nodes.label[node]) if given is None else as_specs(given)
-        if given is not None and specs is not None:
-            specs = [specs[len(found)]] if len(found) < len(specs) else []
-        if not specs:
+        if specs is None and token < 0:
+            raise InputError("head_loadings(targets=None): the graph explains what is no token; pass what it was")
+        if specs is not None and number >= len(specs):
             raise InputError("head_loadings(targets=...): the graph has more targets than were given; pass all")
-        found += resolve(model, local, specs, position=position, max_logits=1, logit_probability=1.0)
+        spec: list[Spec] = [token] if specs is None else [specs[number]]
+        found += resolve(model, local, spec, position=position, max_logits=1, logit_probability=1.0)
     return found
 
 
 class _Pull(NamedTuple):
-    """A target's gradients by paths that no attention is on."""
+    """A target's gradients by paths that no attention is on; all lie at the target's own position."""
 
-    heads: dict[int, Float[Tensor, "heads key d_model"]]  # at what attention reads, by the head that comes next
-    slots: list[tuple[Slot | None, int, Float[Tensor, " d_model"]]]  # in the stream: slot, position, gradient
+    position: int
+    heads: dict[int, Float[Tensor, "heads d_model"]]  # at attention's normed input, by layer and head
+    slots: list[tuple[Slot | None, Float[Tensor, " d_model"]]]  # in the stream
 
 
 class _Rows:
@@ -170,6 +203,8 @@ class _Rows:
             return {None: blank}
         if nodes.kind[node] == NodeKind.ERROR:
             slot = Slot(int(nodes.layer[node]), Place(int(nodes.places[node])))
+            if slot not in local.slots:
+                raise InputError("head_loadings(model=...): lacks errors of the graph; pass the model it was traced on")
             blank[position] = local.errors[local.slots.index(slot), position]
             return {slot: blank}
         index = self._feature(node)
@@ -182,46 +217,42 @@ class _Rows:
 
 
 def _pull(local: LocalModel, targets: list[Targets]) -> _Pull:
-    path = local.path
+    path, position = local.path, targets[0].positions
     heads: dict[int, Tensor] = {}
-    slots: list[tuple[Slot | None, int, Tensor]] = []
+    slots: list[tuple[Slot | None, Tensor]] = []
     for one in targets:
         entry, _ = enter(local, one)
-        position = entry.positions
         for slot, gradient in path.direct(entry):
-            if slot is None or slot.place is not Place.ATTENTION:
-                slots.append((slot, int(position[0]), gradient[0]))
-                continue
             if not entry.only_attention:
-                slots.append((slot, int(position[0]), gradient[0]))
-            if slot in path.written and not entry.only_attention:
-                continue
-            at_output = (
-                gradient
-                if entry.only_attention
-                else path.transpose_write(slot.layer, "attn.hook_out", gradient, position)
-            )
-            carried = path.head_gradients(slot.layer, at_output, position)[0]
-            heads[slot.layer] = heads[slot.layer] + carried if slot.layer in heads else carried
-    return _Pull(heads, slots)
+                slots.append((slot, gradient[0]))
+                if slot is None or slot.place is not Place.ATTENTION or slot in path.written:
+                    continue
+                gradient = path.transpose_write(slot.layer, "attn.hook_out", gradient, position)
+            assert slot is not None
+            values = path.head_values(slot.layer, gradient)[0]
+            heads[slot.layer] = heads[slot.layer] + values if slot.layer in heads else values
+    return _Pull(int(position[0]), heads, slots)
 
 
-def _carried(local: LocalModel, rows: _Rows, sources: Int[np.ndarray, " n"]) -> list[Float[Tensor, "n pos d_model"]]:
-    """What each source's writes make of the stream where attention reads, by layer."""
+def _carried(local: LocalModel, writes: list[dict[Slot | None, Tensor]]) -> list[Float[Tensor, "n pos d_model"]]:
+    """What each source's writes make of attention's normed input, by layer."""
     each = []
-    for node in sources.tolist():
-        writes = rows.writes(node)
-        embedding = writes.pop(None, None)
-        each.append(list(local.carry({s: w for s, w in writes.items() if s is not None}, embedding))[:-1])
-    return [torch.stack(of_layer) for of_layer in zip(*each, strict=True)]
+    for one in writes:
+        at_slots = {slot: vectors for slot, vectors in one.items() if slot is not None}
+        each.append(list(local.carry(at_slots, one.get(None)))[:-1])
+    blocks = zip(local.path.weights.blocks, local.forward.blocks, strict=True)
+    return [
+        apply_norm(weights.ln1, block.ln1_scale, torch.stack(of_layer), bias=False)
+        for (weights, block), of_layer in zip(blocks, zip(*each, strict=True), strict=True)
+    ]
 
 
 def _direct(local: LocalModel, writes: dict[Slot | None, Tensor], pull: _Pull) -> float:
     total = 0.0
-    for slot, position, gradient in pull.slots:
+    for slot, gradient in pull.slots:
         if slot in writes:
             if slot is not None:
-                where = torch.tensor([position], device=gradient.device)
+                where = torch.tensor([pull.position], device=gradient.device)
                 gradient = local.path.transpose_write(slot.layer, local.write_site(slot), gradient[None], where)[0]
-            total += float(gradient.double() @ writes[slot][position].double())
+            total += float(gradient.double() @ writes[slot][pull.position].double())
     return total

@@ -125,6 +125,9 @@ def _rerun(
     def writer(slot: Slot) -> Callable[..., Tensor]:
         return lambda tensor, hook: tensor + added[slot].to(tensor.dtype) if slot in added else tensor
 
+    for slot in (slot for slot in model.coverage.writes if slot.place is Place.MID):
+        # the middle's hook feeds the MLP alone; the stream that goes by it changes as well, before its end is read
+        hooks.append((sites.hook_name(slot.layer, "hook_resid_post"), writer(slot)))
     for slot in by_slot:
         dictionary = model.coverage.at[slot]
         if isinstance(dictionary, Crosscoder):
@@ -134,8 +137,6 @@ def _rerun(
             hooks.append((sites.hook_name(slot.layer, dictionary.read), reader(slot)))
     for slot, site in model.coverage.writes.items():
         hooks.append((sites.hook_name(slot.layer, site), writer(slot)))
-        if slot.place is Place.MID:  # this hook feeds the MLP alone; the stream that goes by it changes as well
-            hooks.append((sites.hook_name(slot.layer, "hook_resid_post"), writer(slot)))
     return sites.hooked(model.bridge, tokens, hooks)
 
 

@@ -44,6 +44,9 @@ class Feature(NamedTuple):
     position: int
     place: str = ""  # one of PLACES
 
+    def __str__(self) -> str:
+        return f"L{self.layer}{self.place and '.' + self.place}#{self.feature}@{self.position}"
+
 
 Spec = str | int | Feature | Direction | Tensor
 
@@ -176,7 +179,7 @@ def _check_direction(direction: Direction, d_model: int) -> None:
 
 
 def _resolve_feature(model: ReplacementModel, local: LocalModel, spec: Feature) -> Target:
-    name = f"L{spec.layer}{spec.place and '.' + spec.place}#{spec.feature}@{spec.position}"
+    name = str(spec)
     slot = slot_of(model, spec.layer, spec.place, what=f"target {name}", feature=spec.feature)
     if not 0 <= spec.feature < model.coverage.at[slot].n_features:
         raise InputError(
@@ -191,7 +194,8 @@ def _resolve_feature(model: ReplacementModel, local: LocalModel, spec: Feature) 
         active = f"it is at positions {', '.join(map(str, where))}" if where else "it is nowhere on this prompt"
         raise InputError(f"target {name}: is not active there; {active}")
     index = int(found.nonzero()[0, 0])
-    label = model.coverage.label(slot, spec.feature) or f"L{spec.layer} #{spec.feature}"
+    at = f"L{spec.layer}" if slot.place is Place.MLP else f"L{spec.layer}.{PLACES[slot.place]}"
+    label = model.coverage.label(slot, spec.feature) or f"{at} #{spec.feature}"
     return Target(spec.position, float(table.activation[index]), label, feature=index)
 
 

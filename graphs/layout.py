@@ -121,7 +121,10 @@ def _place(
     cells: dict[tuple[int, int], list[int]] = {}
     for i in np.argsort(-influence[shown], kind="stable").tolist():
         cells.setdefault((int(row_of[i]), int(column_of[i])), []).append(i)
-    cells = {cell: sorted(members, key=lambda i: -graph.nodes.probability[shown[i]]) for cell, members in cells.items()}
+    depth, probability = nodes.depth[shown], nodes.probability[shown]
+    cells = {  # likely targets first; later places of a layer above earlier ones
+        cell: sorted(members, key=lambda i: (-probability[i], -depth[i])) for cell, members in cells.items()
+    }
     grids = {cell: _grid(members, size, one_row=cell[0] == graph.n_layers) for cell, members in cells.items()}
     widths = {p: max(grids[c][1] for c in cells if c[1] == p) for p in sorted(set(column_of.tolist()))}
     heights = {r: max(grids[c][2] for c in cells if c[0] == r) for r in sorted(set(row_of.tolist()))}

@@ -16,7 +16,7 @@ import numpy as np
 
 from graphs.errors import InputError
 from graphs.files import whole_file
-from graphs.graph import PLACES, AttributionGraph, NodeKind
+from graphs.graph import MLP, PLACES, AttributionGraph, NodeKind
 from graphs.names import node_ids
 from graphs.neuronpedia_reader import PROBABILITY, pruning_thresholds, read_neuronpedia
 
@@ -153,6 +153,7 @@ def _nodes(graph: AttributionGraph) -> list[dict[str, Any]]:
             "reverse_ctx_idx": 0,
             "influence": None if nodes.is_logit[i] else float(influence[i]),
             "activation": float(nodes.activation[i]) if nodes.is_feature[i] else None,
+            **({"place": PLACES[nodes.places[i]]} if nodes.places[i] != MLP else {}),
         }
         for i, node_id in enumerate(node_ids(graph))
     ]
@@ -165,7 +166,8 @@ def _identity(graph: AttributionGraph, i: int, node_id: str) -> dict[str, Any]:
     feature, position, label = int(nodes.feature[i]), int(nodes.position[i]), nodes.label[i]
     token = graph.tokens[position]
     if kind is NodeKind.FEATURE:
-        fields = cantor(layer, feature), str(layer), f"{layer}_{feature}-0", label
+        place = "" if nodes.places[i] == MLP else f"-{PLACES[nodes.places[i]]}"
+        fields = cantor(layer, feature), str(layer), f"{layer}_{feature}-0{place}", label
     elif kind is NodeKind.ERROR:
         fields = -1, str(layer), f"{layer}_-1-{position}", label or f'Err: {PLACES[nodes.places[i]]} "{token}"'
     elif kind is NodeKind.EMBEDDING:

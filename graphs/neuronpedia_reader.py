@@ -17,12 +17,12 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from graphs.errors import InputError
-from graphs.graph import AttributionGraph, NodeKind, NodeTable
+from graphs.graph import MLP, PLACES, AttributionGraph, NodeKind, NodeTable
 
 MAX_LAYERS = 2**16
 PROBABILITY = re.compile(r"\(p=\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*\)")
 _QUOTED = re.compile(r'["“](.*)["”]', re.DOTALL)
-_COLUMNS = ("kind", "layer", "position", "feature", "activation")
+_COLUMNS = ("kind", "layer", "position", "feature", "activation", "place")
 _KINDS = {"error": NodeKind.ERROR, "embedding": NodeKind.EMBEDDING, "logit": NodeKind.LOGIT}
 
 
@@ -116,11 +116,12 @@ def _graph(document: Any) -> AttributionGraph:
 
 
 def _reference_order(node: Mapping[str, Any]) -> tuple[int, ...]:
-    """Features by (layer, position, feature), errors, embeddings; targets stay in the file's order."""
+    """Features by (layer, place, position, feature), errors, embeddings; targets stay in the file's order."""
     kind = node["kind"]
     if kind == NodeKind.LOGIT:
         return (kind,)
-    return (kind, node["layer"], node["position"], node["feature"] if kind == NodeKind.FEATURE else 0)
+    feature = node["feature"] if kind == NodeKind.FEATURE else 0
+    return (kind, node["layer"], node["place"], node["position"], feature)
 
 
 def _node(node: Any, number: int, n_tokens: int, schema_version: Any) -> dict[str, Any]:
@@ -147,6 +148,7 @@ def _node(node: Any, number: int, n_tokens: int, schema_version: Any) -> dict[st
         "kind": int(kind),
         "layer": layer,
         "position": position,
+        "place": PLACES.index(node["place"]) if node.get("place") in PLACES else MLP,
         "feature": _feature(node, node_id, kind, layer, schema_version),
         "activation": (_number(node, "activation", where) or 0.0) if kind == NodeKind.FEATURE else 0.0,
         "probability": probability,

@@ -141,7 +141,7 @@ def _relevance(mlp: LinearMLP, x: Float[Tensor, "pos d_model"]) -> Tensor:
     of = mlp.neurons
     pre = x @ of.W_enc.T + of.b_enc
     if of.W_gate is None:
-        return (pre * (of.nonlinearity(pre) / pre).detach()) @ of.W_dec
+        return (pre * of.ratio(pre).detach()) @ of.W_dec
     gate = x @ of.W_gate.T + (0.0 if of.b_gate is None else of.b_gate)
-    passed = gate * (of.nonlinearity(gate) / gate).detach()
+    passed = gate * of.ratio(gate).detach()
     return (pre * passed.detach() + pre.detach() * passed) @ of.W_dec / 2

@@ -52,6 +52,14 @@ class Coverage:
                         "needs one site"
                     )
         for slot in found:
+            sets = {
+                each.name for each in self.sets for d in each if slot.layer in d.write_layers and slot.place == place(d)
+            }
+            if len(sets) > 1:
+                raise InputError(
+                    f"dictionaries {' and '.join(sorted(sets))}: both replace {found[slot]} of layer {slot.layer}; "
+                    "leave one out"
+                )
             kinds = {replaces_what_it_reads(d) for d in self if slot.layer in d.write_layers and slot.place == place(d)}
             if len(kinds) > 1:
                 raise InputError(

@@ -265,16 +265,12 @@ class LinearPath:
                     return
         yield None, stream
 
-    def head_gradients(
-        self, layer: int, gradient: Float[Tensor, "batch d_model"], positions: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch heads key d_model"]:
-        """From gradients at attention's output (before a post-norm) to `pre`, by what each head alone carries."""
-        weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
+    def head_values(self, layer: int, gradient: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch heads d_model"]:
+        """From gradients at attention's output (before a post-norm) to what each head's values read, patterns aside."""
+        weights = self.weights.blocks[layer]
         heads = torch.einsum("bd,hed->bhe", gradient, weights.W_O)
         groups = weights.W_O.shape[0] // weights.W_V.shape[0]
-        values = torch.einsum("bgje,gde->bgjd", heads.unflatten(1, (-1, groups)), weights.W_V).flatten(1, 2)
-        spread = block.pattern[:, positions].transpose(0, 1)[..., None] * values[:, :, None]
-        return transpose_norm(weights.ln1, block.ln1_scale, spread)
+        return torch.einsum("bgje,gde->bgjd", heads.unflatten(1, (-1, groups)), weights.W_V).flatten(1, 2)
 
     def _mlp_step(self, layer: int, post: Tensor, positions: Int[Tensor, " batch"] | slice) -> Tensor | float:
         """From `post` to where the MLP reads, by the skip connection or the linearised MLP.

@@ -8,9 +8,9 @@ knows nothing of graphs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,9 +21,11 @@ from replacement.crosscoder import Crosscoder
 from replacement.dictionary import Dictionary
 from replacement.linear import LinearPath, Skip, apply_norm
 from replacement.linearised import Linearisation, LinearMLP, attention_gradients, linear_mlp
-from replacement.neurons import Neurons, neurons
+from replacement.neurons import Neurons
 from replacement.sites import WRITES, ForwardPass, ModelWeights, Place, Slot
 
+OwnNeurons = Callable[[Sequence[int]], Mapping[int, Neurons]]
+"""Gives the neurons of the MLPs of some layers."""
 RESIDUAL = (Place.PRE, Place.MID, Place.POST)
 
 
@@ -81,9 +83,10 @@ class LocalModel:
         *,
         trace_bos: bool,
         linearisation: Linearisation,
-        bridge: Any = None,
+        own_neurons: OwnNeurons,
+        bridge: Any,
     ) -> None:
-        """bridge: the language model, for MLPs and attention that are passed through."""
+        """own_neurons, bridge: the language model's, for MLPs and attention that are passed through."""
         self.forward, self.coverage, self.trace_bos, self.linearisation = forward, coverage, trace_bos, linearisation
         skips = {d.layer: Skip(d.W_skip.detach(), d.read, d.write) for d in coverage if d.W_skip is not None}
         self.n_layers, self.n_positions = len(weights.blocks), forward.tokens.shape[0]
@@ -93,7 +96,7 @@ class LocalModel:
             forward,
             skips=skips,
             written=coverage.writes,
-            mlps=self._linear_mlps(bridge),
+            mlps=self._linear_mlps(own_neurons),
             attentions=attention_gradients(bridge, forward, [b.b_O for b in weights.blocks]) if gradient else None,
         )
         self.features = self._encode()
@@ -110,13 +113,15 @@ class LocalModel:
         writers = {layer: self.coverage.writers(Slot(layer, Place.MLP)) for layer in range(self.n_layers)}
         return [layer for layer, found in writers.items() if not found or replaces_what_it_reads(found[0][1])]
 
-    def _linear_mlps(self, bridge: Any) -> dict[int, LinearMLP]:
+    def _linear_mlps(self, own_neurons: OwnNeurons) -> dict[int, LinearMLP]:
         rule = self.linearisation
         if not self.linearised or rule.mlp == "stop":
             return {}
-        own = neurons(bridge, self.forward.embedding.dtype, layers=self.linearised)
         blocks = self.forward.blocks
-        return {one.layer: linear_mlp(cast(Neurons, one), blocks[one.layer].at["mlp.hook_in"], rule) for one in own}
+        return {
+            layer: linear_mlp(neurons, blocks[layer].at["mlp.hook_in"], rule)
+            for layer, neurons in own_neurons(self.linearised).items()
+        }
 
     def _encode(self) -> Features:
         parts = []
@@ -227,17 +232,12 @@ class LocalModel:
         zero = torch.zeros_like(self.forward.embedding)
         if place in RESIDUAL:
             return self.output_bias(slot)
+        if slot not in self.coverage.writes and place is Place.ATTENTION:
+            return path.attention(layer, zero)
         if slot not in self.coverage.writes:
-            return path.attention(layer, zero) if place is Place.ATTENTION else self._linear_constant(layer)
-        return path.write(layer, self.write_site(slot), self.output_bias(slot) + self._skip_constant(slot))
-
-    def _linear_constant(self, layer: int) -> Float[Tensor, "pos d_model"]:
-        zero = torch.zeros_like(self.forward.embedding)
-        return self.path.write(layer, "mlp.hook_out", self.path.mlp(layer, zero))
-
-    def _skip_constant(self, slot: Slot) -> Tensor:
-        zero = torch.zeros_like(self.forward.embedding)
-        return self.path.skip(slot.layer, zero) if slot.place is Place.MLP else zero
+            return path.write(layer, "mlp.hook_out", path.mlp(layer, zero))
+        skip = path.skip(layer, zero) if place is Place.MLP else zero
+        return path.write(layer, self.write_site(slot), self.output_bias(slot) + skip)
 
     # ---- what is read
 

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +25,7 @@ from replacement.errors import InputError
 from replacement.linearised import Linearisation
 from replacement.loading import load_bridge
 from replacement.local import LocalModel
-from replacement.neurons import neurons
+from replacement.neurons import Neurons, neurons
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 ENGINES = ("linear", "autograd")
@@ -40,6 +40,9 @@ class ReplacementModel:
     def __init__(self, bridge: Any, dictionaries: DictionarySet | Sequence[DictionarySet], *, name: str) -> None:
         """Take a TransformerBridge and its dictionaries; raises InputError where they do not fit each other."""
         self.bridge, self.name = bridge, name
+        self._neurons: dict[int, Neurons] = {}
+        self.loaded_from: tuple[str, ...] = ()
+        """What `load` was given as dictionaries, in its words."""
         self.coverage = Coverage([dictionaries] if isinstance(dictionaries, DictionarySet) else dictionaries)
         parameter = next(bridge.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -89,7 +92,9 @@ class ReplacementModel:
             taken = {slot.layer for slot in Coverage(sets).writes if slot.place is sites.Place.MLP}
             free = [layer for layer in range(len(bridge.blocks)) if layer not in taken]
             sets += [neurons(bridge, compute, layers=free)] if free else []
-        return cls(bridge, sets, name=str(model))
+        made = cls(bridge, sets, name=str(model))
+        made.loaded_from = tuple(sets[0].name if one is None else str(one) for one in wanted)
+        return made
 
     # ---- tokens
 
@@ -187,7 +192,7 @@ class ReplacementModel:
         """
         rule = Linearisation() if linearisation is None else linearisation
         if rule.attention == "gradient":
-            self._require_own_precision("attention 'gradient'")
+            self.require_own_precision("attention 'gradient'")
         with torch.no_grad():
             forward = sites.forward(self.bridge, self.tokenize(prompt), self.compute_dtype)
             if not torch.isfinite(forward.logits).all():
@@ -195,8 +200,21 @@ class ReplacementModel:
                     f"{self.name}: the logits of this prompt are not finite; check the weights, or use float32"
                 )
             return LocalModel(
-                self.weights, forward, self.coverage, trace_bos=trace_bos, linearisation=rule, bridge=self.bridge
+                self.weights,
+                forward,
+                self.coverage,
+                trace_bos=trace_bos,
+                linearisation=rule,
+                own_neurons=self._own_neurons,
+                bridge=self.bridge,
             )
+
+    def _own_neurons(self, layers: Sequence[int]) -> dict[int, Neurons]:
+        """The neurons of the MLPs of some layers, kept for the next prompt."""
+        if missing := [layer for layer in layers if layer not in self._neurons]:
+            found = neurons(self.bridge, self.compute_dtype, layers=missing)
+            self._neurons |= {one.layer: cast(Neurons, one.requires_grad_(False)) for one in found}
+        return {layer: self._neurons[layer] for layer in layers}
 
     def engine(self, local: LocalModel, name: str) -> Engine:
         """The engine that computes rows: "linear" (fast) or "autograd" (reference)."""
@@ -204,11 +222,11 @@ class ReplacementModel:
             raise InputError(f"engine {name!r}: needs one of {', '.join(ENGINES)}")
         if name == "linear":
             return LinearEngine(local)
-        self._require_own_precision("engine 'autograd'")
+        self.require_own_precision("engine 'autograd'")
         self.require_frozen_patterns("engine 'autograd'")
         return AutogradEngine(local, self.bridge)
 
-    def _require_own_precision(self, what: str) -> None:
+    def require_own_precision(self, what: str) -> None:
         """Raise InputError, `what` first, where the model computes in less than the rows of a graph do."""
         if self.dtype != self.compute_dtype:
             raise InputError(

@@ -62,20 +62,20 @@ class Neurons(Dictionary):
         rows, biases = self.W_enc[features], self.b_enc[features]
         pre = (rows * x).sum(-1) + biases
         if self.W_gate is None:
-            ratio = self._ratio(pre)
+            ratio = self.ratio(pre)
             return rows * ratio[:, None], biases * ratio
         gate_rows, b_gate = self.W_gate[features], 0.0 if self.b_gate is None else self.b_gate[features]
         gate = (gate_rows * x).sum(-1) + b_gate
-        c_in, c_gate = self.nonlinearity(gate) / 2, pre * self._ratio(gate) / 2
+        c_in, c_gate = self.nonlinearity(gate) / 2, pre * self.ratio(gate) / 2
         return rows * c_in[:, None] + gate_rows * c_gate[:, None], biases * c_in + b_gate * c_gate
 
     def ratios(self, x: Float[Tensor, "pos d_in"]) -> tuple[Float[Tensor, "pos n"], Float[Tensor, "pos n"] | None]:
         """By what RelP multiplies each neuron's input, and its gate's, at every position."""
         pre = F.linear(x, self.W_enc, self.b_enc)
         if self.W_gate is None:
-            return self._ratio(pre), None
+            return self.ratio(pre), None
         gate = F.linear(x, self.W_gate, self.b_gate)
-        return self.nonlinearity(gate) / 2, pre * self._ratio(gate) / 2
+        return self.nonlinearity(gate) / 2, pre * self.ratio(gate) / 2
 
     def derivatives(self, x: Float[Tensor, "pos d_in"]) -> tuple[Float[Tensor, "pos n"], Float[Tensor, "pos n"] | None]:
         """Each neuron's derivative by its input, and by its gate's, at every position."""
@@ -85,7 +85,7 @@ class Neurons(Dictionary):
         gate = F.linear(x, self.W_gate, self.b_gate)
         return self.nonlinearity(gate), pre * self._slope(gate)
 
-    def _ratio(self, pre: Tensor) -> Tensor:
+    def ratio(self, pre: Float[Tensor, "*axes n"]) -> Float[Tensor, "*axes n"]:
         """`act(z) / z`, its limit `act'(0)` at zero."""
         safe = torch.where(pre == 0, torch.ones_like(pre), pre)
         return torch.where(pre == 0, self._slope(torch.zeros_like(pre)), self.nonlinearity(safe) / safe)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from circuits import attribute
+from circuits.effects import spliced
 from circuits.heads import HeadLoadings, head_loadings
 from circuits.intervention import intervene
+from graphs import read_neuronpedia, write_neuronpedia
 from graphs.graph import PLACES
 from replacement import ReplacementModel
 from replacement.activation import JumpReLU, ReLU, TopK
@@ -86,6 +90,7 @@ MIXES = {
     "sae attention, after the norm": lambda family, bridge: [saes("hook_attn_out", (1, 2))],
     "sae mlp": lambda family, bridge: [saes("mlp.hook_out")],
     "sae mlp, after the norm": lambda family, bridge: [saes("hook_mlp_out", (0, 1))],
+    "sae mid and post": lambda family, bridge: [saes("hook_resid_mid"), saes("hook_resid_post", (0, 2))],
     "sparse feature circuits": lambda family, bridge: [
         saes("hook_resid_post"), saes("hook_attn_out"), saes("hook_mlp_out"),
     ],
@@ -119,7 +124,7 @@ TABLE += [
     for rule in RULES
     if rule != "relp" and family != "llama"
 ]
-TABLE = [row for row in TABLE if row[:2] != ("neox", "sae mid")]
+TABLE = [row for row in TABLE if row[0] != "neox" or "mid" not in row[1]]
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +221,10 @@ def test_a_feature_of_any_place_can_be_traced(mixed_model):
 
 def test_stored_graphs_keep_places(mixed_model, tmp_path):
     graph = graph_of(mixed_model("llama", "sparse feature circuits"), RULES["relp"])
+    write_neuronpedia(graph, tmp_path / "graph.json")
+    viewed = read_neuronpedia(tmp_path / "graph.json")
+    np.testing.assert_array_equal(viewed.nodes.places, graph.nodes.places)
+    assert len({node["jsNodeId"] for node in json.loads((tmp_path / "graph.json").read_text())["nodes"]}) > 100
     graph.save(tmp_path / "graph.safetensors")
     again = type(graph).load(tmp_path / "graph.safetensors")
     np.testing.assert_array_equal(again.nodes.places, graph.nodes.places)
@@ -230,9 +239,12 @@ SETS = {
     "layer 1 is written at": lambda bridge: [
         saes("mlp.hook_out", (1,)), some("llama", "cross_layer_transcoder", bridge, (0,)),
     ],
-    "layer 1 one replaces the MLP and one its output": lambda bridge: [
+    "both replace hook_mlp_out of layer 1": lambda bridge: [
         saes("hook_mlp_out", (1,)), some("llama", "cross_layer_transcoder", bridge, (0,)),
     ],
+    "layer 1 one replaces the MLP and one its output": lambda bridge: DictionarySet(
+        some("llama", "cross_layer_transcoder", bridge, (0,)).by_layer | saes("hook_mlp_out", (1,)).by_layer, "both"
+    ),
 }  # fmt: skip
 
 
@@ -296,6 +308,41 @@ def test_a_feature_set_to_its_own_value_changes_nothing(mixed_model, family, mix
         where = int(nodes.layer[node]), int(nodes.position[node]), int(nodes.feature[node])
         same = intervene(model, PROMPT, [(*where, nodes.activation[node], PLACES[nodes.places[node]])], freeze=freeze)
         torch.testing.assert_close(same, model.logits(PROMPT), rtol=0, atol=1e-9)
+
+
+def test_heads_of_a_feature_s_graph_are_found_by_what_was_asked(mixed_model):
+    """The header keeps the targets; a label says nothing of them, and parts that do not add up are refused."""
+    model = mixed_model("llama", "sparse feature circuits")
+    table = model.local(PROMPT).features
+    index = int(((table.place == 4) & (table.layer == 1) & (table.position == 7)).nonzero()[0, 0])
+    spec = f"L1.post#{int(table.feature[index])}@-1"
+    graph = attribute(model, PROMPT, targets=spec)
+    split = head_loadings(model, graph)
+    np.testing.assert_allclose(split.loadings.sum(1), graph.adjacency.data, atol=1e-12)
+    with pytest.raises(InputError, match="do not add up"):
+        head_loadings(model, graph, targets=[5])
+    with pytest.raises(InputError, match=r"needs the place of a dictionary in layer 1"):
+        head_loadings(mixed_model("llama", "sae mlp"), graph)
+    vector = torch.ones(24, dtype=torch.float64)
+    with pytest.raises(InputError, match="pass what it was"):
+        head_loadings(model, attribute(model, PROMPT, targets=vector))
+
+
+def test_an_edited_middle_of_a_block_is_seen_by_its_end(mixed_model):
+    """Brute force: the stream after a block is what its middle and its MLP add up to."""
+    model = mixed_model("llama", "sae mid and post")
+    tokens = model.tokenize(PROMPT)[None]
+    bump = torch.zeros(1, tokens.shape[1], 24, dtype=torch.float64)
+    bump[0, 3] = 1.0
+    slot = Slot(0, Place.MID)
+    with torch.no_grad():
+        _, values = spliced(model, tokens, errors=lambda at, value: value + bump if at == slot else value)
+    block, forward = model.bridge.blocks[0], model.local(PROMPT).forward.blocks[0]
+    middle = forward.at["hook_resid_mid"] + bump[0]
+    with torch.no_grad():
+        end = middle + block.mlp.original_component(block.ln2.original_component(middle[None]))[0]
+    expected = model.coverage.at[Slot(0, Place.POST)].encode(end)[1:]
+    torch.testing.assert_close(values.features[Slot(0, Place.POST)][0, 1:], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("family", "mix", "rule"), TABLE)

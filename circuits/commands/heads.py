@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise InputError(f"--edges {arguments.edges}: needs a whole number, 1 or more")
     graph = AttributionGraph.load(arguments.graph)
     pruned = pruned_form(graph, thresholds(arguments))
-    sets = arguments.dictionaries or graph.dictionaries.split(" + ")
+    sets = arguments.dictionaries or graph.settings.get("sets") or [graph.dictionaries]
     dtype = str(graph.settings.get("dtype", "float32"))
     model = ReplacementModel.load(
         arguments.model or graph.model, dictionaries=sets, dtype=dtype, device=arguments.device
