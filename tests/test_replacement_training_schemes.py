@@ -117,7 +117,7 @@ def test_planted_features_are_recovered(encoder: str, sparsity: str) -> None:
     For a switch where tokens are of groups with features of their own, for which it is made; and for pairs (1, 2),
     since features that share both their rows with others are found together or not at all.
     """
-    source_of, changes = Planted, {"pairs": (1, 2)}
+    source_of, changes = Planted, {"pairs": (1, 2), "learning_rate": 1e-2}
     if encoder == "switch":
         source_of, changes = Grouped, {"balance_weight": 0.3, "learning_rate": 1e-2}
     settings = given(encoder, sparsity, start="samples", steps=600, dead_after=30_000, **changes)
