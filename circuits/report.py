@@ -173,6 +173,8 @@ def linearised(graph: AttributionGraph) -> str:
         said.append(f"MLPs of {where} by {rules.get(str(settings.get('mlp')), str(settings.get('mlp')))}")
     if settings.get("attention") == "gradient":
         said.append("attention by its full gradient")
+    if settings.get("acausal"):
+        said.append("acausal features stand at every layer they write")
     return printable("; ".join(said))
 
 

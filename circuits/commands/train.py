@@ -115,6 +115,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _report(finished: Finished, arguments: argparse.Namespace, seconds: float) -> None:
+    from replacement.sites import WRITES
+
     last = finished.end_to_end or finished.reconstruction
     if arguments.json:
         figures = None if last is None else last._asdict()
@@ -124,7 +126,7 @@ def _report(finished: Finished, arguments: argparse.Namespace, seconds: float) -
         print(f"last step   FVU {last.fvu:.4f}   L0 {last.l0:.1f}   dead {last.dead:.1%}")
     print(f"wrote {finished.folder} in {seconds:.0f} s")
     print(f"next  circuits eval --model {arguments.model} --data {arguments.data} --dictionaries {finished.folder}")
-    if all(one.kind.endswith("transcoder") for one in finished.dictionaries):
+    if all(one.write in WRITES for one in finished.dictionaries):
         print(f'      circuits trace "..." --model {arguments.model} --dictionaries {finished.folder}')
 
 

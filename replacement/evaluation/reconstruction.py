@@ -158,18 +158,23 @@ class ReconstructionMeter:
             raise InputError(
                 "ReconstructionMeter.figures(): got no tokens, needs at least one batch; call update first"
             )
-        firing, error = self.firing.figures(), self.error.figures()
-        return LayerFigures(
-            layer=self.dictionary.layer,
-            n_features=firing.n_features,
-            fvu=error.fvu,
-            l0=firing.l0,
-            dead=firing.dead,
-            tokens=error.tokens,
-            dense=firing.dense,
-            nmse=error.nmse,
-            cosine=error.cosine,
-        )
+        return layer_figures(self.dictionary.layer, self.firing, self.error)
+
+
+def layer_figures(layer: int, firing: FiringMeter, error: ErrorMeter) -> LayerFigures:
+    """The figures of one layer's meters."""
+    fires, missed = firing.figures(), error.figures()
+    return LayerFigures(
+        layer=layer,
+        n_features=fires.n_features,
+        fvu=missed.fvu,
+        l0=fires.l0,
+        dead=fires.dead,
+        tokens=missed.tokens,
+        dense=fires.dense,
+        nmse=missed.nmse,
+        cosine=missed.cosine,
+    )
 
 
 def evaluate_reconstruction(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from replacement.dictionary import Dictionary, DictionarySet
 from replacement.evaluation import ErrorMeter, FiringMeter, LayerFigures, ReplacementFigures, evaluate_replacement
+from replacement.evaluation.reconstruction import layer_figures
 from replacement.pretrained.recipe import facts, tasks
 from replacement.pretrained.recipe.concepts import place_of_token, places, word_groups
 from replacement.pretrained.recipe.corpus import Batch, Corpus
@@ -124,18 +125,7 @@ class _Meters:
         self.error.update(y, written + self.dictionary.b_dec + self.dictionary.skip(self.x))
 
     def figures(self) -> LayerFigures:
-        firing, error = self.firing.figures(), self.error.figures()
-        return LayerFigures(
-            layer=self.dictionary.layer,
-            n_features=firing.n_features,
-            fvu=error.fvu,
-            l0=firing.l0,
-            dead=firing.dead,
-            tokens=error.tokens,
-            dense=firing.dense,
-            nmse=error.nmse,
-            cosine=error.cosine,
-        )
+        return layer_figures(self.dictionary.layer, self.firing, self.error)
 
 
 class _Counts:
