@@ -245,7 +245,7 @@ class LocalModel:
         """Pre-activations of the listed features, all of one slot, as targets; one object for each site they read.
 
         A feature's value is the sum over sites. Of an acausal crosscoder's feature, which stands at every layer that it
-        writes, only reads up to its own layer are traced; those of later layers are part of the first's bias.
+        writes, only reads up to its own layer are traced; those of later layers are part of the bias.
         """
         slot = Slot(int(self.features.layer[index[0]]), Place(int(self.features.place[index[0]])))
         assert self.filed_at(slot)[index].all()

@@ -345,11 +345,12 @@ def test_an_edited_middle_of_a_block_is_seen_by_its_end(mixed_model):
     torch.testing.assert_close(values.features[Slot(0, Place.POST)][0, 1:], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("family", "mix", "rule"), TABLE)
+@pytest.mark.parametrize(
+    ("family", "mix", "rule"),
+    [row for row in TABLE if row[0] != "gemma2" and row[1] != "nothing" and row[2] != "gradient"],  # gemma2 caps logits
+)
 def test_a_direct_effect_on_logits_is_the_edge(mixed_model, family, mix, rule):
     """With everything held, switching a feature off changes a target by the edge from one to the other."""
-    if rule == "gradient" or mix == "nothing" or family == "gemma2":
-        return  # gemma2 caps its logits
     model = mixed_model(family, mix)
     graph = graph_of(model, RULES[rule], targets=[7, 11], trace_bos=True)
     before = model.logits(PROMPT)[-1]
