@@ -209,10 +209,11 @@ class _Rows:
             return {slot: blank}
         index = self._feature(node)
         found: dict[Slot | None, Tensor] = {}
-        for slot, written in local.writes.items():
-            for vector in written.vectors[written.source == index]:
-                found[slot] = blank.clone()
-                found[slot][position] = vector
+        for slot, writers in local.writes.items():
+            for written in writers:
+                if 0 <= (row := index - written.first) < len(written.feature):
+                    found[slot] = blank.clone()
+                    found[slot][position] = written.vectors(slice(row, row + 1))[0]
         return found
 
 

@@ -130,8 +130,9 @@ class AutogradEngine:
         for index, (slot, gradient) in enumerate(zip(local.slots, at_slots, strict=True)):
             result.errors[row, index] = (gradient * local.errors[index]).sum(-1)
             result.bos[row] += gradient[0] @ local.bos[index]
-            if (writes := local.writes.get(slot)) is not None:
-                result.features[row].index_add_(0, writes.source, (gradient[writes.position] * writes.vectors).sum(-1))
+            for writes in local.writes.get(slot, ()):
+                found = (gradient[writes.position] * writes.vectors()).sum(-1)
+                result.features[row, writes.first : writes.first + len(found)] += found
         sources = (result.features[row], result.errors[row], result.embeddings[row], result.bos[row])
         result.bias[row] = value - sum(part.sum() for part in sources)
 

@@ -8,14 +8,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from replacement.linear import Entry, Gradients
+from replacement.linear import Entry, apply_norm
 from replacement.local import LocalModel, Targets
+from replacement.sites import Slot
+from replacement.sweep import Group, Pulled, Sweep, Transposed
+
+KEPT_BYTES = 512 * 2**20  #: written vectors up to this size are kept from sweep to sweep; more are gathered for each
 
 
 class Contributions(NamedTuple):
@@ -58,49 +63,158 @@ def total_rows(engine: Engine, reads: Sequence[Targets]) -> Contributions:
 class LinearEngine:
     """Rows by a transposed sweep of matrix products from the targets' layer down; no autograd, no hooks."""
 
-    def __init__(self, local: LocalModel) -> None:
+    def __init__(
+        self, local: LocalModel, transposed: Transposed | None = None, *, products: torch.dtype | None = None
+    ) -> None:
+        """transposed: the language model's maps, where they are kept from prompt to prompt.
+
+        products: the precision of attention's matrix products, where most of the time goes; sums stay in the model's.
+        """
+        dtype = local.forward.embedding.dtype
         self.local = local
+        self.sweep = Sweep(local.path, transposed or Transposed(local.path.weights), products or dtype)
         self.slots = {slot: index for index, slot in enumerate(local.slots)}
+        self._kept: dict[tuple[Slot, int], Tensor] = {}
+        n_written = sum(len(writes.feature) for of in local.writes.values() for writes in of)
+        self._keeps = n_written * local.forward.embedding.shape[1] * dtype.itemsize <= KEPT_BYTES
 
     def rows(self, targets: Targets) -> Contributions:
+        order = torch.argsort(targets.positions, stable=True)
         entry, own_bias = enter(self.local, targets)
-        result = zero_contributions(self.local, len(targets.rows))
-        result.bias.add_(own_bias)
-        for gradients in self.local.path.sweep(entry):
-            if gradients.slot is None:
-                self._add_embeddings(gradients.stream, result)
+        ordered = entry._replace(gradient=entry.gradient[order], positions=entry.positions[order])
+        found = _Columns(self.local, len(order))
+        groups = _groups(ordered.positions)
+        for pulled in self.sweep.pull(ordered, groups):
+            if pulled.slot is None:
+                self._add_embeddings(pulled, groups, found)
             else:
-                self._add_slot(gradients, result)
-        return result
+                self._add_slot(pulled, groups, found)
+        return found.rows(torch.argsort(order), own_bias)
 
-    def _add_slot(self, gradients: Gradients, result: Contributions) -> None:
-        local, (slot, stream) = self.local, gradients
-        assert slot is not None
-        prefix = stream.shape[1]
-        if (constant := local.constants.get(slot)) is not None:
-            result.bias.add_(torch.einsum("bpd,pd->b", stream, constant[:prefix]))
-        if (index := self.slots.get(slot)) is None:
+    def _add_slot(self, pulled: Pulled, groups: list[Group], found: _Columns) -> None:
+        assert pulled.slot is not None
+        if (constant := self._constants.get(pulled.slot)) is not None:
+            found.bias += _dot(pulled, groups, constant).sum(0)
+        if (index := self.slots.get(pulled.slot)) is None:
             return
-        at_write = local.path.transpose_write(slot.layer, local.write_site(slot), stream)
-        result.errors[:, index, :prefix] = torch.einsum("bpd,pd->bp", at_write, local.errors[index, :prefix])
-        result.bos.add_(at_write[:, 0] @ local.bos[index])
-        if (writes := local.writes.get(slot)) is None:
-            return
-        counts = torch.bincount(writes.position, minlength=local.n_positions)[:prefix].tolist()
-        if not (total := sum(counts)):
-            return
-        products, start = [], 0
-        for position, count in enumerate(counts):
-            if count:
-                products.append(at_write[:, position] @ writes.vectors[start : start + count].T)
-                start += count
-        result.features.index_add_(1, writes.source[:total], torch.cat(products, 1))
+        found.errors[index, : groups[-1].position + 1] = _dot(pulled, groups, self._errors[index])
+        for position, columns in groups[:1] if pulled.alone else [Group(0, slice(None))]:
+            if position == 0:
+                found.bos[columns] += self._bos[index] @ _at(pulled, 0, columns)
+        for number, writes in enumerate(self.local.writes.get(pulled.slot, ())):
+            starts = self._starts[pulled.slot, number]
+            vectors = self._vectors(pulled.slot, number, slice(0, starts[groups[-1].position + 1]))
+            everywhere = [Group(position, slice(None)) for position in range(groups[-1].position + 1)]
+            for position, columns in groups if pulled.alone else everywhere:
+                start, stop = starts[position], starts[position + 1]
+                if start < stop:
+                    into = found.features[writes.first + start : writes.first + stop, columns]
+                    into.addmm_(vectors[start:stop], _at(pulled, position, columns))
 
-    def _add_embeddings(self, gradient: Float[Tensor, "batch prefix d_model"], result: Contributions) -> None:
-        forward, prefix = self.local.forward, gradient.shape[1]
-        result.embeddings[:, :prefix] = torch.einsum("bpd,pd->bp", gradient, forward.embedding[:prefix])
-        if forward.position_embedding is not None:
-            result.bias.add_(torch.einsum("bpd,pd->b", gradient, forward.position_embedding[:prefix]))
+    def _add_embeddings(self, pulled: Pulled, groups: list[Group], found: _Columns) -> None:
+        forward = self.local.forward
+        if pulled.by_table:
+            table = self.sweep.table
+            assert table is not None
+            everywhere = [Group(position, slice(None)) for position in range(groups[-1].position + 1)]
+            for position, columns in groups if pulled.alone else everywhere:
+                into = found.embeddings[: position + 1, columns]
+                into.addmm_(table[position, : position + 1], _at(pulled, position, columns))
+        else:
+            found.embeddings[: groups[-1].position + 1] += _dot(pulled, groups, forward.embedding)
+        if pulled.beside is not None:
+            beside = pulled._replace(gradient=pulled.beside)
+            found.embeddings[: groups[-1].position + 1] += _dot(beside, groups, forward.embedding)
+        if (place := forward.position_embedding) is not None:
+            moved = self.local.path.attention(0, place, bias=False) if pulled.by_table else 0.0
+            found.bias += _dot(pulled, groups, place + moved).sum(0)
+            if pulled.beside is not None:
+                found.bias += _dot(pulled._replace(gradient=pulled.beside), groups, place).sum(0)
+
+    # ---- what is written, as it reaches the stream
+
+    @cached_property
+    def _constants(self) -> dict[Slot, Float[Tensor, "pos d_model"]]:
+        return {slot: constant for slot, constant in self.local.constants.items() if constant.any()}
+
+    @cached_property
+    def _errors(self) -> list[Float[Tensor, "pos d_model"]]:
+        local = self.local
+        sites = [(slot.layer, local.write_site(slot)) for slot in local.slots]
+        return [local.path.write(*at, error, bias=False) for at, error in zip(sites, local.errors, strict=True)]
+
+    @cached_property
+    def _bos(self) -> list[Float[Tensor, " d_model"]]:
+        local, found = self.local, []
+        for slot, bos in zip(local.slots, local.bos, strict=True):
+            norm = local.path.write_norm(slot.layer, local.write_site(slot))
+            found.append(bos if norm is None else apply_norm(norm[0], norm[1][:1], bos[None], bias=False)[0])
+        return found
+
+    @cached_property
+    def _starts(self) -> dict[tuple[Slot, int], list[int]]:
+        """Where the writes of each position begin, and at last where they end."""
+        edges = torch.arange(self.local.n_positions + 1, device=self.local.forward.tokens.device)
+        return {
+            (slot, number): torch.searchsorted(writes.position, edges).tolist()
+            for slot, of in self.local.writes.items()
+            for number, writes in enumerate(of)
+        }
+
+    def _vectors(self, slot: Slot, number: int, rows: slice) -> Float[Tensor, "n d_model"]:
+        """What the features of one dictionary add to the stream at a slot; kept where all of them fit."""
+        if (kept := self._kept.get((slot, number))) is not None:
+            return kept
+        writes = self.local.writes[slot][number]
+        rows = slice(None) if self._keeps else rows
+        vectors, norm = writes.vectors(rows), self.local.path.write_norm(slot.layer, self.local.write_site(slot))
+        if norm is not None:
+            vectors = apply_norm(norm[0], norm[1][writes.position[rows]], vectors, bias=False)
+        if self._keeps:
+            self._kept[slot, number] = vectors
+        return vectors
+
+
+class _Columns:
+    """Contributions of all sources, targets last as the sweep has them."""
+
+    def __init__(self, local: LocalModel, n: int) -> None:
+        like, n_features = local.forward.embedding, len(local.features.layer)
+        sources = like.new_zeros(n_features + (len(local.slots) + 1) * local.n_positions, n)
+        self.features, own = sources[:n_features], sources[n_features:].view(-1, local.n_positions, n)
+        self.errors, self.embeddings = own[:-1], own[-1]
+        self.bias, self.bos = like.new_zeros(n), like.new_zeros(n)
+
+    def rows(self, order: Int[Tensor, " n"], own_bias: Float[Tensor, " n"]) -> Contributions:
+        """As rows, in the targets' own order."""
+        if not torch.equal(order, torch.arange(len(order), device=order.device)):
+            parts = (self.features, self.errors, self.embeddings, self.bias, self.bos)
+            self.features, self.errors, self.embeddings, self.bias, self.bos = (part[..., order] for part in parts)
+        errors = self.errors.permute(2, 0, 1)
+        return Contributions(self.features.T, errors, self.embeddings.T, self.bias + own_bias, self.bos)
+
+
+def _groups(positions: Int[Tensor, " n"]) -> list[Group]:
+    """Runs of equal positions among sorted ones."""
+    found, counts = torch.unique_consecutive(positions, return_counts=True)
+    stops = counts.cumsum(0).tolist()
+    starts = [0, *stops[:-1]]
+    return [Group(*each) for each in zip(found.tolist(), map(slice, starts, stops), strict=True)]
+
+
+def _at(pulled: Pulled, position: int, columns: slice) -> Float[Tensor, "d_model n"]:
+    """The gradients at one position, of all targets or of those that stand alone there."""
+    return pulled.gradient[:, columns] if pulled.alone else pulled.gradient[position]
+
+
+def _dot(pulled: Pulled, groups: list[Group], vectors: Float[Tensor, "pos d_model"]) -> Float[Tensor, "prefix batch"]:
+    """Gradients times one vector a position; zero where a target has no gradient."""
+    if not pulled.alone:
+        return torch.bmm(vectors[: len(pulled.gradient), None], pulled.gradient)[:, 0]
+    found = pulled.gradient.new_zeros(groups[-1].position + 1, pulled.gradient.shape[1])
+    for position, columns in groups:
+        found[position, columns] = vectors[position] @ pulled.gradient[:, columns]
+    return found
 
 
 def enter(local: LocalModel, targets: Targets) -> tuple[Entry, Float[Tensor, " n"]]:

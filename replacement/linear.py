@@ -30,13 +30,6 @@ class Skip(NamedTuple):
     write: str
 
 
-class Gradients(NamedTuple):
-    """Gradients on the way down, at one slot: in the residual stream where what is written there is added or stands."""
-
-    slot: Slot | None  # None: the embeddings
-    stream: Float[Tensor, "batch prefix d_model"]
-
-
 class Entry(NamedTuple):
     """Where a sweep starts: gradients at single positions of the residual stream."""
 
@@ -198,44 +191,6 @@ class LinearPath:
         gradient = transpose_norm(self.weights.ln_final, self.forward.ln_final_scale[positions], directions)
         return Entry(gradient, positions, Slot(self.n_layers - 1, Place.POST))
 
-    def sweep(self, entry: Entry) -> Iterator[Gradients]:
-        """Pull gradients back through the network, slot by slot, down to the embeddings or a slot that lets none by.
-
-        Yields every slot's gradient in the stream, whether or not anything is written there; the last item, of slot
-        None, holds the gradient at the embeddings. Only the causal prefix of positions is carried: `prefix` is the
-        largest position plus one.
-        """
-        gradient, positions, first, _ = entry
-        stream = gradient.new_zeros(len(gradient), int(positions.max()) + 1, gradient.shape[1])
-        stream[torch.arange(len(positions), device=positions.device), positions] = gradient
-        if first is None:
-            yield Gradients(None, stream)
-            return
-        for layer in range(first.layer, -1, -1):
-            top = first.place if layer == first.layer else Place.POST
-            entered = entry if layer == first.layer and top <= Place.MID else None
-            to_pre: Tensor | float = 0.0
-            if top >= Place.POST:
-                yield Gradients(Slot(layer, Place.POST), stream)
-                if Slot(layer, Place.POST) in self.written:
-                    return
-            if top >= Place.MLP:
-                yield Gradients(Slot(layer, Place.MLP), stream)
-                through = self._mlp_step(layer, stream, slice(0, stream.shape[1]))
-                stream, to_pre = (stream, through) if self.weights.parallel else (stream + through, 0.0)
-            if top >= Place.MID and not self.weights.parallel:
-                yield Gradients(Slot(layer, Place.MID), stream)
-                if Slot(layer, Place.MID) in self.written:
-                    return
-            if top >= Place.ATTENTION:
-                if entered is None or not entered.only_attention:
-                    yield Gradients(Slot(layer, Place.ATTENTION), stream)
-                stream = self._through_attention(layer, stream, entered) + to_pre
-            yield Gradients(Slot(layer, Place.PRE), stream)
-            if Slot(layer, Place.PRE) in self.written:
-                return
-        yield Gradients(None, stream)
-
     def direct(self, entry: Entry) -> Iterator[tuple[Slot | None, Float[Tensor, "batch d_model"]]]:
         """The same gradients by paths that no attention is on, so that each stays at its own position.
 
@@ -256,9 +211,9 @@ class LinearPath:
                     continue
                 yield slot, stream
                 if place is Place.MLP and self.weights.parallel:
-                    to_pre = self._mlp_step(layer, stream, positions)
+                    to_pre = self.mlp_step(layer, stream, positions)
                 elif place is Place.MLP:
-                    stream = stream + self._mlp_step(layer, stream, positions)
+                    stream = stream + self.mlp_step(layer, stream, positions)
                 elif place is Place.ATTENTION:
                     stream = stream + to_pre
                 elif slot in self.written:
@@ -272,7 +227,7 @@ class LinearPath:
         groups = weights.W_O.shape[0] // weights.W_V.shape[0]
         return torch.einsum("bgje,gde->bgjd", heads.unflatten(1, (-1, groups)), weights.W_V).flatten(1, 2)
 
-    def _mlp_step(self, layer: int, post: Tensor, positions: Int[Tensor, " batch"] | slice) -> Tensor | float:
+    def mlp_step(self, layer: int, post: Tensor, positions: Int[Tensor, " batch"] | slice) -> Tensor | float:
         """From `post` to where the MLP reads, by the skip connection or the linearised MLP.
 
         post: gradients at single positions, one a row, or [batch, prefix, d_model] with a slice of positions.
@@ -286,55 +241,3 @@ class LinearPath:
             gradient = self.mlps[layer].transpose(gradient, positions)
             return self.transpose_read(layer, "mlp.hook_in", gradient, positions)
         return 0.0
-
-    def _through_attention(self, layer: int, stream: Tensor, entered: Entry | None) -> Tensor:
-        """From `mid` to `pre`: the stream itself, and attention's part where nothing has taken its place.
-
-        entered: the sweep's entry, where it goes in at this very layer: one query position a row, not all.
-        """
-        if entered is not None and entered.only_attention:
-            return self._attention_of(layer, torch.zeros_like(stream), entered)
-        if Slot(layer, Place.ATTENTION) in self.written:
-            return stream
-        if entered is None or self.attentions is not None:
-            return stream + self._attention_step(layer, self.transpose_write(layer, "attn.hook_out", stream))
-        gradient = self.transpose_write(layer, "attn.hook_out", entered.gradient, entered.positions)
-        return self._attention_of(layer, stream, entered._replace(gradient=gradient))
-
-    def _attention_of(self, layer: int, stream: Tensor, entered: Entry) -> Tensor:
-        """Add attention's part of gradients at single positions of its output to a stream's."""
-        _, positions, _, _ = entered
-        if self.attentions is not None:
-            full = torch.zeros_like(stream)
-            full[torch.arange(len(positions), device=positions.device), positions] = entered.gradient
-            return stream + self._attention_step(layer, full)
-        weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
-        heads = torch.einsum("bd,hed->bhe", entered.gradient, weights.W_O)
-        groups = weights.W_O.shape[0] // weights.W_V.shape[0]
-        pattern = block.pattern[:, positions, : stream.shape[1]].unflatten(0, (-1, groups))  # [kv, group, batch, key]
-        mixed = torch.einsum("gjbk,bgje->gbke", pattern, heads.unflatten(1, (-1, groups)))
-        return stream + _value_transpose(weights, block, mixed)
-
-    def _attention_step(self, layer: int, out: Float[Tensor, "batch prefix d_model"]) -> Tensor:
-        """From attention's output, before a post-norm, to `pre`."""
-        weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
-        batch, prefix, _ = out.shape
-        if self.attentions is not None:
-            return transpose_norm(weights.ln1, block.ln1_scale[:prefix], self.attentions[layer].transpose(out))
-        kv_heads, _, d_head = weights.W_V.shape
-        n_heads = weights.W_O.shape[0]
-        heads = (out.reshape(batch * prefix, -1) @ weights.W_O.flatten(0, 1).T).view(batch, prefix, n_heads, d_head)
-        heads = heads.permute(2, 1, 0, 3).reshape(n_heads, prefix, batch * d_head)
-        mixed = torch.bmm(block.pattern[:, :prefix, :prefix].transpose(1, 2), heads)
-        mixed = mixed.unflatten(0, (kv_heads, -1)).sum(1).view(kv_heads, prefix, batch, d_head).transpose(1, 2)
-        return _value_transpose(weights, block, mixed)
-
-
-def _value_transpose(
-    weights: BlockWeights, block: BlockPass, mixed: Float[Tensor, "kv_heads batch key d_head"]
-) -> Float[Tensor, "batch key d_model"]:
-    """From gradients at the value vectors to gradients at `pre`."""
-    kv_heads, batch, prefix, d_head = mixed.shape
-    flat = mixed.permute(1, 2, 0, 3).reshape(batch * prefix, kv_heads * d_head)
-    gradient = flat @ weights.W_V.transpose(1, 2).reshape(kv_heads * d_head, -1)
-    return transpose_norm(weights.ln1, block.ln1_scale[:prefix], gradient.view(batch, prefix, -1))

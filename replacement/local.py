@@ -59,11 +59,18 @@ class Targets(NamedTuple):
 
 
 class Writes(NamedTuple):
-    """What active features write at one slot, sorted by position."""
+    """What the active features of one dictionary write at one slot, sorted by position."""
 
-    source: Int[Tensor, " n"]  # which feature of Features
+    first: int  # which feature of Features is the first; the others follow it
     position: Int[Tensor, " n"]
-    vectors: Float[Tensor, "n d_model"]  # activation times decoder row
+    feature: Int[Tensor, " n"]
+    activation: Float[Tensor, " n"]
+    writer: Dictionary
+    layer: int
+
+    def vectors(self, rows: slice = slice(None)) -> Float[Tensor, "n d_model"]:
+        """Activations times decoder rows, gathered anew at each call: all of them may not fit in memory at once."""
+        return self.writer.write_rows(self.feature[rows], self.layer) * self.activation[rows, None]
 
 
 class LocalModel:
@@ -167,8 +174,8 @@ class LocalModel:
             error += self.forward.blocks[slot.layer].at[self.write_site(slot)]
             if slot in self.coverage.writes:
                 error -= self.output_bias(slot) + self.skip(slot)
-                writes = self.writes[slot]
-                error.index_add_(0, writes.position, writes.vectors, alpha=-1)
+                for writes in self.writes[slot]:
+                    error.index_add_(0, writes.position, writes.vectors(), alpha=-1)
             else:
                 error -= self._linear_part(slot)
         bos = torch.zeros_like(errors[:, 0])
@@ -194,19 +201,18 @@ class LocalModel:
         return dictionary.skip(self.forward.blocks[slot.layer].at[dictionary.read])
 
     @cached_property
-    def writes(self) -> dict[Slot, Writes]:
-        """What the active features write, by slot."""
-        return {slot: self._writes(slot) for slot in self.coverage.writes}
+    def writes(self) -> dict[Slot, list[Writes]]:
+        """What the active features write, by slot and dictionary."""
+        return {
+            slot: [self._writes(filed, writer, slot.layer) for filed, writer in self.coverage.writers(slot)]
+            for slot in self.coverage.writes
+        }
 
-    def _writes(self, slot: Slot) -> Writes:
-        table, parts = self.features, []
-        for filed, dictionary in self.coverage.writers(slot):
-            index = self.filed_at(filed).nonzero()[:, 0]
-            rows = dictionary.write_rows(table.feature[index], slot.layer)
-            parts.append((index, table.position[index], rows * table.activation[index][:, None]))
-        index, position, vectors = (torch.cat(column) for column in zip(*parts, strict=True))
-        order = torch.argsort(position, stable=True)
-        return Writes(index[order], position[order], vectors[order])
+    def _writes(self, filed: Slot, writer: Dictionary, layer: int) -> Writes:
+        index = self.filed_at(filed).nonzero()[:, 0]
+        of = slice(int(index[0]), int(index[-1]) + 1) if len(index) else slice(0, 0)  # one slot's stand together
+        table = self.features
+        return Writes(of.start, table.position[of], table.feature[of], table.activation[of], writer, layer)
 
     def output_bias(self, slot: Slot) -> Float[Tensor, "pos d_model"]:
         """`b_dec` of the dictionary that stands at a slot, at its write site; zero where none does."""
@@ -368,10 +374,9 @@ class LocalModel:
         missed = missed + self.output_bias(slot)
         if slot.place is Place.MLP:
             missed = missed + path.skip(slot.layer, x)
-        for filed, writer in self.coverage.writers(slot):
-            index = self.filed_at(filed).nonzero()[:, 0]
-            rows = writer.write_rows(self.features.feature[index], slot.layer)
-            missed.index_add_(0, self.features.position[index], rows * activation[index][:, None])
+        for writes in self.writes[slot]:
+            now = writes._replace(activation=activation[writes.first : writes.first + len(writes.feature)])
+            missed.index_add_(0, now.position, now.vectors())
         return path.write(slot.layer, site, missed)
 
     def _recompute(self, slot: Slot, stream: Tensor, activation: Tensor) -> None:

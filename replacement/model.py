@@ -26,6 +26,7 @@ from replacement.linearised import Linearisation
 from replacement.loading import load_bridge
 from replacement.local import LocalModel
 from replacement.neurons import Neurons, neurons
+from replacement.sweep import Transposed
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 ENGINES = ("linear", "autograd")
@@ -221,7 +222,7 @@ class ReplacementModel:
         if name not in ENGINES:
             raise InputError(f"engine {name!r}: needs one of {', '.join(ENGINES)}")
         if name == "linear":
-            return LinearEngine(local)
+            return LinearEngine(local, self._transposed)
         self.require_own_precision("engine 'autograd'")
         self.require_frozen_patterns("engine 'autograd'")
         return AutogradEngine(local, self.bridge)
@@ -241,6 +242,10 @@ class ReplacementModel:
                 f"{what}: needs attention patterns that can be held, and the bridge's hook_pattern has no effect in "
                 f"{self.name}; use the linear engine, or freeze='everything'"
             )
+
+    @cached_property
+    def _transposed(self) -> Transposed:
+        return Transposed(self.weights)
 
     @cached_property
     def _patterns_take_edits(self) -> bool:

@@ -114,7 +114,7 @@ def test_an_edge_is_the_effect_of_removing_its_source(tiny_model):
 def _reads_of_a_write(model, local, source):
     """What one feature's write changes at the read site of every later layer."""
     at, position = int(local.features.layer[source]), int(local.features.position[source])
-    writes, path = local.writes[Slot(at, Place.MLP)], local.path
+    (writes,), path = local.writes[Slot(at, Place.MLP)], local.path
     change = torch.zeros_like(local.forward.embedding)
     for layer in range(at, model.n_layers):
         attention = path.attention(layer, change, bias=False)
@@ -122,7 +122,7 @@ def _reads_of_a_write(model, local, source):
         reads = path.read(layer, dictionary.read, path.middle(layer, change, attention), bias=False)
         value = dictionary.skip(reads)
         if layer == at:
-            value[position] += writes.vectors[(writes.source == source).nonzero()[0, 0]]
+            value[position] += writes.vectors()[source - writes.first]
         else:
             yield layer, reads
         change = change + attention + path.write(layer, dictionary.write, value, bias=False)

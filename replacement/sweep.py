@@ -1,0 +1,312 @@
+"""The transposed sweep: gradients pulled back through a prompt's frozen linear maps, for many targets at once.
+
+Gradients at all positions are held as [prefix, d_model, batch], targets last: every step is then a product of one
+weight matrix with what stands at each position, or of an attention pattern with what a head carries, and nothing is
+permuted or copied on the way. Norm weights are folded into attention's maps, norm scales into its patterns. Three
+shortcuts, all exact:
+
+- a target starts at one position, and until the first attention on its way nothing leaves it: one vector a target;
+- that first attention needs each head's map once a target, not once a position: `sum_h A_h[q, k] W_V_h W_O_h^T g`;
+- what the embeddings write through the first block's attention is a table, so that no gradient goes through it.
+
+Knows nothing of features; who consumes a sweep says what is written where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from replacement.linear import Entry, LinearPath
+from replacement.linearised import LinearMLP
+from replacement.sites import ModelWeights, Norm, Place, Slot
+
+KEYS = 256  #: keys of an attention pattern that are multiplied at once; later queries only, half the work when many
+TABLE_BYTES = 64 * 2**20  #: what the table of the first block may take; beyond, gradients go through like anywhere
+
+
+class AttentionMaps(NamedTuple):
+    """Attention's output and value maps of one block, norm weights folded in, as gradients take them."""
+
+    out: Float[Tensor, "heads*d_head d_model"]
+    value: Float[Tensor, "d_model kv_heads*d_head"]
+
+
+class Transposed:
+    """A language model's attention maps for sweeps, made when first asked for; they belong to no prompt."""
+
+    def __init__(self, weights: ModelWeights) -> None:
+        self._weights = weights
+        self._maps: dict[tuple[int, torch.dtype], AttentionMaps] = {}
+
+    def maps(self, layer: int, dtype: torch.dtype) -> AttentionMaps:
+        """The maps of a block, in the precision of the products."""
+        if (layer, dtype) not in self._maps:
+            block = self._weights.blocks[layer]
+            out = block.W_O.flatten(0, 1)
+            if (norm := block.ln1_post) is not None:
+                out = _centered(norm, out, 1) * norm.weight
+            value = block.W_V.permute(1, 0, 2).flatten(1)
+            value = _centered(block.ln1, value * block.ln1.weight[:, None], 0)
+            self._maps[layer, dtype] = AttentionMaps(out.to(dtype), value.contiguous().to(dtype))
+        return self._maps[layer, dtype]
+
+
+class Pulled(NamedTuple):
+    """Gradients in the residual stream at one slot, where what is written there is added or stands."""
+
+    slot: Slot | None  # None: the embeddings, or what is left of their way, see `by_table`
+    gradient: Tensor  # [d_model, batch] at each target's own position, or [prefix, d_model, batch]
+    alone: bool  # whether it is the former
+    by_table: bool = False  # the way of the embeddings through the first attention is still to be taken, by the table
+    beside: Tensor | None = None  # of a parallel block then: what reaches the embeddings past attention
+
+
+class Group(NamedTuple):
+    """Neighbouring targets of one position."""
+
+    position: int
+    columns: slice
+
+
+class Sweep:
+    """Pulls gradients back through one prompt's linear path. Its working arrays are reused: use what it yields at
+    once."""
+
+    def __init__(self, path: LinearPath, transposed: Transposed, products: torch.dtype) -> None:
+        """products: the precision of matrix products through attention; sums are kept in the path's own."""
+        self.path, self.transposed, self.products = path, transposed, products
+        self.parallel = path.weights.parallel
+        self._work: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    # ---- the way down
+
+    def pull(self, entry: Entry, groups: list[Group]) -> Iterator[Pulled]:
+        """Gradients at every slot from the entry down to the embeddings, or to a slot that lets none by.
+
+        entry: targets sorted by position, `groups` the runs of equal ones. Every slot is yielded, whether or not
+        anything is written there. Only positions up to the largest are carried, and are yielded as `prefix`.
+        """
+        state, alone, first = entry.gradient.T.clone(memory_format=torch.contiguous_format), True, entry.first
+        for layer in range(-1 if first is None else first.layer, -1, -1):
+            to_pre: Tensor | None = None
+            for place in reversed(Place):
+                slot = Slot(layer, place)
+                assert first is not None
+                if slot > first or (place is Place.MID and self.parallel):
+                    continue
+                only_attention = entry.only_attention and slot == first
+                if not only_attention:
+                    yield Pulled(slot, state, alone)
+                if place is Place.MLP and (through := self._mlp(layer, state, entry.positions, alone)) is not None:
+                    if self.parallel:
+                        to_pre = through
+                    else:
+                        state = state.add_(through)
+                elif place is Place.ATTENTION:
+                    if layer == 0 and not only_attention and self.table is not None:
+                        yield Pulled(None, state, alone, True, to_pre)
+                        return
+                    passes = only_attention or slot not in self.path.written
+                    if passes and alone:
+                        state, alone = self._spread(layer, entry, groups, state, to_pre, only_attention), False
+                    elif passes:
+                        state = self._attend(layer, state, to_pre)
+                    elif to_pre is not None:
+                        state = state.add_(to_pre)
+                elif place in (Place.PRE, Place.MID, Place.POST) and slot in self.path.written:
+                    return
+        yield Pulled(None, state, alone)
+
+    # ---- attention
+
+    def _spread(
+        self, layer: int, entry: Entry, groups: list[Group], x: Tensor, to_pre: Tensor | None, only_attention: bool
+    ) -> Float[Tensor, "prefix d_model batch"]:
+        """From one vector a target to all positions, by the first attention on the way and around it."""
+        prefix = groups[-1].position + 1
+        stream = self._take("stream", (prefix, *x.shape)).zero_()
+        if self.path.attentions is not None:
+            stream[entry.positions, :, torch.arange(x.shape[1], device=x.device)] = x.T
+            self._full_gradient(layer, stream, raw=only_attention)
+        else:
+            by_head = self._head_maps(layer, x, raw=only_attention)
+            for position, columns in groups:
+                query, keys = slice(position, position + 1), slice(0, position + 1)
+                pattern = self._pattern(layer, query, keys, raw=only_attention)[:, 0]
+                moved = pattern.T @ by_head[:, :, columns].reshape(len(by_head), -1)
+                stream[keys, :, columns] = moved.view(position + 1, len(x), -1)
+                if not only_attention:
+                    stream[position, :, columns] += x[:, columns]
+        if to_pre is not None:
+            for position, columns in groups:
+                stream[position, :, columns] += to_pre[:, columns]
+        return stream
+
+    def _head_maps(
+        self, layer: int, x: Float[Tensor, "d_model batch"], *, raw: bool
+    ) -> Float[Tensor, "heads d_model batch"]:
+        """`W_V_h W_O_h^T g` of every head; raw: g lies before a post-norm, which is then no part of the map."""
+        out, value = self.transposed.maps(layer, self.products)
+        block = self.path.weights.blocks[layer]
+        if raw:
+            out = block.W_O.flatten(0, 1).to(self.products)
+        kv_heads, _, d_head = block.W_V.shape
+        carried = (out @ x.to(self.products)).view(kv_heads, -1, d_head, x.shape[1])
+        values = value.view(len(value), kv_heads, d_head).transpose(0, 1)
+        return torch.matmul(values[:, None], carried).flatten(0, 1).to(x.dtype)
+
+    def _attend(self, layer: int, stream: Tensor, to_pre: Tensor | None) -> Float[Tensor, "prefix d_model batch"]:
+        """From the stream after attention to the stream before it, in place."""
+        if self.path.attentions is not None:
+            self._full_gradient(layer, stream, raw=False)
+        else:
+            prefix, _, batch = stream.shape
+            out, value = self.transposed.maps(layer, self.products)
+            taken = stream if stream.dtype == self.products else stream.to(self.products)
+            heads = self._take("heads", (prefix, len(out), batch), self.products)
+            torch.bmm(out.expand(prefix, -1, -1), taken, out=heads)
+            mixed = self._mix(layer, heads, value.shape[1])
+            values = value.expand(prefix, -1, -1)
+            if stream.dtype == self.products:
+                stream.baddbmm_(values, mixed)
+            else:
+                stream.add_(torch.bmm(values, mixed))
+        return stream if to_pre is None else stream.add_(to_pre)
+
+    def _mix(self, layer: int, heads: Tensor, width: int) -> Float[Tensor, "prefix kv_heads*d_head batch"]:
+        """From gradients at what heads carried to queries to those at what they took from keys."""
+        prefix, _, batch = heads.shape
+        kv_heads, _, d_head = self.path.weights.blocks[layer].W_V.shape
+        carried = heads.view(prefix, kv_heads, -1, d_head * batch)
+        mixed = self._take("mixed", (prefix, width, batch), self.products)
+        by_key = mixed.view(prefix, kv_heads, d_head * batch)
+        for start in range(0, prefix, KEYS):
+            keys, queries = slice(start, min(start + KEYS, prefix)), slice(start, prefix)
+            pattern = self._pattern(layer, queries, keys).unflatten(0, (kv_heads, -1)).to(self.products)
+            into = by_key[keys].transpose(0, 1)
+            for j in range(pattern.shape[1]):  # the heads that share keys and values
+                of_head = pattern[:, j].transpose(1, 2), carried[queries, :, j].transpose(0, 1)
+                if j == 0:
+                    torch.bmm(*of_head, out=into)
+                else:
+                    into.baddbmm_(*of_head)
+        return mixed
+
+    def _pattern(
+        self, layer: int, queries: slice, keys: slice, *, raw: bool = False
+    ) -> Float[Tensor, "heads query key"]:
+        """Attention's pattern with the norms' scales in it; raw: without a post-norm's."""
+        block = self.path.forward.blocks[layer]
+        pattern = block.pattern[:, queries, keys] / block.ln1_scale[keys, 0]
+        if block.ln1_post_scale is not None and not raw:
+            pattern /= block.ln1_post_scale[queries]
+        return pattern
+
+    def _full_gradient(self, layer: int, stream: Tensor, *, raw: bool) -> None:
+        """Attention with its queries and keys, where that was asked for, in place.
+
+        raw: what is given lies at attention's output, before a post-norm, and nothing goes around attention.
+        """
+        path, prefix = self.path, len(stream)
+        assert path.attentions is not None
+        at_out = stream.permute(2, 0, 1).contiguous()
+        at_out = at_out if raw else path.transpose_write(layer, "attn.hook_out", at_out)
+        at_norm = path.attentions[layer].transpose(at_out).permute(1, 2, 0)
+        norm, scale = path.weights.blocks[layer].ln1, path.forward.blocks[layer].ln1_scale[:prefix]
+        through = transpose_norm_at_all(norm, scale, at_norm)
+        if raw:
+            stream.copy_(through)
+        else:
+            stream.add_(through)
+
+    # ---- MLPs
+
+    def _mlp(self, layer: int, state: Tensor, positions: Int[Tensor, " batch"], alone: bool) -> Tensor | None:
+        """From the stream after an MLP to where it reads, by a skip connection or the linearised MLP; None: nothing
+        passes."""
+        path = self.path
+        if alone:
+            through = path.mlp_step(layer, state.T, positions)
+            return None if isinstance(through, float) else through.T
+        skip, mlp = path.skips.get(layer), path.mlps.get(layer)
+        if skip is not None:
+            gradient = self._at_write(layer, skip.write, state)
+            gradient = torch.matmul(skip.W_skip.T, gradient)
+            return self._from_read(layer, skip.read, gradient)
+        if mlp is not None and Slot(layer, Place.MLP) not in path.written:
+            return self._from_read(
+                layer, "mlp.hook_in", _through_mlp(mlp, self._at_write(layer, "mlp.hook_out", state))
+            )
+        return None
+
+    def _at_write(self, layer: int, site: str, stream: Tensor) -> Tensor:
+        found = self.path.write_norm(layer, site)
+        return stream if found is None else transpose_norm_at_all(found[0], found[1][: len(stream)], stream)
+
+    def _from_read(self, layer: int, site: str, gradient: Tensor) -> Tensor:
+        if site == "hook_resid_mid":
+            return gradient
+        norm, scale = self.path.weights.blocks[layer].ln2, self.path.forward.blocks[layer].ln2_scale[: len(gradient)]
+        if site == "ln2.hook_normalized":
+            norm = norm._replace(weight=torch.ones_like(norm.weight))
+        return transpose_norm_at_all(norm, scale, gradient)
+
+    # ---- the first block
+
+    @cached_property
+    def table(self) -> Float[Tensor, "query key d_model"] | None:
+        """What each key's embedding adds to each query's stream after the first attention, itself included.
+
+        None where something else is written or read below, or where it would be too large.
+        """
+        path, embedding = self.path, self.path.forward.embedding
+        size = embedding.numel() * len(embedding) * embedding.element_size()
+        below = {Slot(0, Place.PRE), Slot(0, Place.ATTENTION)}
+        if path.attentions is not None or below & path.written.keys() or size > TABLE_BYTES:
+            return None
+        out, value = self.transposed.maps(0, embedding.dtype)
+        kv_heads, _, d_head = path.weights.blocks[0].W_V.shape
+        values = (embedding @ value).view(len(embedding), kv_heads, 1, d_head)
+        written = torch.matmul(values.permute(1, 2, 0, 3), out.view(kv_heads, -1, d_head, out.shape[1]))
+        everywhere = slice(0, len(embedding))
+        table = torch.einsum("hqk,hkd->qkd", self._pattern(0, everywhere, everywhere), written.flatten(0, 1))
+        table.diagonal(dim1=0, dim2=1).add_(embedding.T)
+        return table
+
+    # ---- memory
+
+    def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """A working array, the same memory at each call: fresh pages cost more than a small product."""
+        like = self.path.forward.embedding
+        dtype, size = dtype or like.dtype, torch.Size(shape).numel()
+        if (found := self._work.get((name, dtype))) is None or len(found) < size:
+            found = self._work[name, dtype] = like.new_empty(size, dtype=dtype)
+        return found[:size].view(shape)
+
+
+def transpose_norm_at_all(
+    norm: Norm, scale: Float[Tensor, "prefix 1"], gradient: Float[Tensor, "prefix d_model batch"]
+) -> Float[Tensor, "prefix d_model batch"]:
+    """`replacement.linear.transpose_norm` for targets last."""
+    gradient = gradient * (norm.weight / scale)[:, :, None]
+    return gradient - gradient.mean(1, keepdim=True) if norm.center else gradient
+
+
+def _centered(norm: Norm, matrix: Tensor, dim: int) -> Tensor:
+    return matrix - matrix.mean(dim, keepdim=True) if norm.center else matrix
+
+
+def _through_mlp(mlp: LinearMLP, gradient: Float[Tensor, "prefix d_model batch"]) -> Tensor:
+    """`LinearMLP.transpose` for targets last."""
+    prefix, of = len(gradient), mlp.neurons
+    hidden = torch.matmul(of.W_dec, gradient)
+    through = torch.matmul(of.W_enc.T, hidden * mlp.c_in[:prefix, :, None])
+    if mlp.c_gate is not None and of.W_gate is not None:
+        through += torch.matmul(of.W_gate.T, hidden * mlp.c_gate[:prefix, :, None])
+    return through
