@@ -72,11 +72,12 @@ class LinearEngine:
         """
         dtype = local.forward.embedding.dtype
         self.local = local
-        self.sweep = Sweep(local.path, transposed or Transposed(local.path.weights), products or dtype)
         self.slots = {slot: index for index, slot in enumerate(local.slots)}
-        self._kept: dict[tuple[Slot, int], Tensor] = {}
+        self._kept: dict[tuple[object, ...], Tensor] = {}
         n_written = sum(len(writes.feature) for of in local.writes.values() for writes in of)
         self._keeps = n_written * local.forward.embedding.shape[1] * dtype.itemsize <= KEPT_BYTES
+        transposed = transposed or Transposed(local.path.weights)
+        self.sweep = Sweep(local.path, transposed, products or dtype, widens=self._keeps)
 
     def rows(self, targets: Targets) -> Contributions:
         order = torch.argsort(targets.positions, stable=True)
@@ -94,16 +95,21 @@ class LinearEngine:
     def _add_slot(self, pulled: Pulled, groups: list[Group], found: _Columns) -> None:
         assert pulled.slot is not None
         if (constant := self._constants.get(pulled.slot)) is not None:
+            constant = self._reached(pulled, constant, "constant", pulled.slot)
             found.bias += _dot(pulled, groups, constant).sum(0)
         if (index := self.slots.get(pulled.slot)) is None:
             return
-        found.errors[index, : groups[-1].position + 1] = _dot(pulled, groups, self._errors[index])
+        found.errors[index, : groups[-1].position + 1] = _dot(
+            pulled, groups, self._reached(pulled, self._errors[index], "error", index)
+        )
+        bos = self._reached(pulled, self._bos[index], "bos", index)
         for position, columns in groups[:1] if pulled.alone else [Group(0, slice(None))]:
             if position == 0:
-                found.bos[columns] += self._bos[index] @ _at(pulled, 0, columns)
+                found.bos[columns] += bos @ _at(pulled, 0, columns)
         for number, writes in enumerate(self.local.writes.get(pulled.slot, ())):
             starts = self._starts[pulled.slot, number]
             vectors = self._vectors(pulled.slot, number, slice(0, starts[groups[-1].position + 1]))
+            vectors = self._reached(pulled, vectors, pulled.slot, number)
             everywhere = [Group(position, slice(None)) for position in range(groups[-1].position + 1)]
             for position, columns in groups if pulled.alone else everywhere:
                 start, stop = starts[position], starts[position + 1]
@@ -116,6 +122,7 @@ class LinearEngine:
         if pulled.by_table:
             table = self.sweep.table
             assert table is not None
+            table = self._reached(pulled, table, "table")
             everywhere = [Group(position, slice(None)) for position in range(groups[-1].position + 1)]
             for position, columns in groups if pulled.alone else everywhere:
                 into = found.embeddings[: position + 1, columns]
@@ -126,10 +133,18 @@ class LinearEngine:
             beside = pulled._replace(gradient=pulled.beside)
             found.embeddings[: groups[-1].position + 1] += _dot(beside, groups, forward.embedding)
         if (place := forward.position_embedding) is not None:
-            moved = self.local.path.attention(0, place, bias=False) if pulled.by_table else 0.0
-            found.bias += _dot(pulled, groups, place + moved).sum(0)
+            moved = place + (self.local.path.attention(0, place, bias=False) if pulled.by_table else 0.0)
+            found.bias += _dot(pulled, groups, self._reached(pulled, moved, "positions")).sum(0)
             if pulled.beside is not None:
                 found.bias += _dot(pulled._replace(gradient=pulled.beside), groups, place).sum(0)
+
+    def _reached(self, pulled: Pulled, vectors: Tensor, *what: object) -> Tensor:
+        """Vectors as these gradients read them; wide ones are kept under the name `what`."""
+        if not pulled.wide:
+            return vectors
+        if ("wide", *what) not in self._kept:
+            self._kept["wide", *what] = self.sweep.widened(vectors)
+        return self._kept["wide", *what]
 
     # ---- what is written, as it reaches the stream
 

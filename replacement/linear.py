@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from replacement.linearised import AttentionGradient, LinearMLP
-from replacement.sites import BlockPass, BlockWeights, ForwardPass, ModelWeights, Norm, Place, Slot
+from replacement.sites import ForwardPass, ModelWeights, Norm, Place, Slot
 
 
 class Skip(NamedTuple):

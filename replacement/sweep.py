@@ -14,7 +14,7 @@ Knows nothing of features; who consumes a sweep says what is written where.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
 
@@ -63,6 +63,7 @@ class Pulled(NamedTuple):
     slot: Slot | None  # None: the embeddings, or what is left of their way, see `by_table`
     gradient: Tensor  # [d_model, batch] at each target's own position, or [prefix, d_model, batch]
     alone: bool  # whether it is the former
+    wide: bool = False  # whether it is [prefix, d_model + kv_heads*d_head, batch], to be read by `Sweep.widened`
     by_table: bool = False  # the way of the embeddings through the first attention is still to be taken, by the table
     beside: Tensor | None = None  # of a parallel block then: what reaches the embeddings past attention
 
@@ -74,14 +75,38 @@ class Group(NamedTuple):
     columns: slice
 
 
+class Spread(NamedTuple):
+    """Gradients just after the first attention on their way, in few vectors a target: `sum_h shares[k, h] vectors[h]`
+    at key k, and what went past attention at the target's own position."""
+
+    vectors: Float[Tensor, "heads d_model batch"]
+    own: Float[Tensor, "d_model batch"] | None
+    shares: list[Float[Tensor, "keys heads"]]  # by group
+    groups: list[Group]
+
+    def write(self, into: Float[Tensor, "prefix width batch"]) -> None:
+        """The gradients at all positions."""
+        for (position, columns), share in zip(self.groups, self.shares, strict=True):
+            moved = share @ self.vectors[:, :, columns].reshape(len(self.vectors), -1)
+            into[: position + 1, :, columns] = moved.view(position + 1, into.shape[1], -1)
+            into[position + 1 :, :, columns] = 0.0
+            if self.own is not None:
+                into[position, :, columns] += self.own[:, columns]
+
+
 class Sweep:
     """Pulls gradients back through one prompt's linear path. Its working arrays are reused: use what it yields at
     once."""
 
-    def __init__(self, path: LinearPath, transposed: Transposed, products: torch.dtype) -> None:
-        """products: the precision of matrix products through attention; sums are kept in the path's own."""
+    def __init__(self, path: LinearPath, transposed: Transposed, products: torch.dtype, *, widens: bool) -> None:
+        """products: the precision of matrix products through attention; sums are kept in the path's own.
+
+        widens: whether who consumes the sweep can read wide gradients in the first block.
+        """
         self.path, self.transposed, self.products = path, transposed, products
         self.parallel = path.weights.parallel
+        first_mlp = 0 in path.skips or 0 in path.mlps
+        self._widens = widens and products == path.forward.embedding.dtype and not self.parallel and not first_mlp
         self._work: dict[tuple[str, torch.dtype], Tensor] = {}
 
     # ---- the way down
@@ -92,7 +117,8 @@ class Sweep:
         entry: targets sorted by position, `groups` the runs of equal ones. Every slot is yielded, whether or not
         anything is written there. Only positions up to the largest are carried, and are yielded as `prefix`.
         """
-        state, alone, first = entry.gradient.T.clone(memory_format=torch.contiguous_format), True, entry.first
+        state, first = entry.gradient.T.clone(memory_format=torch.contiguous_format), entry.first
+        alone, wide, spread = True, False, None
         for layer in range(-1 if first is None else first.layer, -1, -1):
             to_pre: Tensor | None = None
             for place in reversed(Place):
@@ -102,51 +128,66 @@ class Sweep:
                     continue
                 only_attention = entry.only_attention and slot == first
                 if not only_attention:
-                    yield Pulled(slot, state, alone)
+                    yield Pulled(slot, state, alone, wide)
                 if place is Place.MLP and (through := self._mlp(layer, state, entry.positions, alone)) is not None:
+                    spread = None
                     if self.parallel:
                         to_pre = through
                     else:
                         state = state.add_(through)
                 elif place is Place.ATTENTION:
                     if layer == 0 and not only_attention and self.table is not None:
-                        yield Pulled(None, state, alone, True, to_pre)
+                        yield Pulled(None, state, alone, wide, True, to_pre)
                         return
                     passes = only_attention or slot not in self.path.written
                     if passes and alone:
-                        state, alone = self._spread(layer, entry, groups, state, to_pre, only_attention), False
+                        state, spread = self._spread(layer, entry, groups, state, only_attention)
+                        state, alone = _at_positions(to_pre, groups, state), False
+                        spread = spread if to_pre is None else None
                     elif passes:
-                        state = self._attend(layer, state, to_pre)
+                        wide = layer == 1 and self._widens and self.table is not None
+                        state, spread = self._attend(layer, state, to_pre, spread, wide), None
                     elif to_pre is not None:
                         state = state.add_(to_pre)
                 elif place in (Place.PRE, Place.MID, Place.POST) and slot in self.path.written:
                     return
-        yield Pulled(None, state, alone)
+        yield Pulled(None, state, alone, wide)
+
+    def widened(self, vectors: Float[Tensor, "*axes d_model"]) -> Float[Tensor, "*axes wide"]:
+        """What is written in the first block, as the second block's attention finds it beside the stream itself.
+
+        Few things are written so low. To carry them to the values of attention is less than to pull every gradient
+        from there to the stream.
+        """
+        return torch.cat([vectors, vectors @ self.transposed.maps(1, self.products).value], -1)
 
     # ---- attention
 
+    def _columns(self, layer: int, prefix: int, batch: int) -> Tensor:
+        """Room for the stream and, beside it, for what attention's values give: [prefix, wide, batch]."""
+        out_of_values = self.transposed.maps(layer, self.products).value.shape
+        return self._take("stream", (prefix, sum(out_of_values), batch))
+
     def _spread(
-        self, layer: int, entry: Entry, groups: list[Group], x: Tensor, to_pre: Tensor | None, only_attention: bool
-    ) -> Float[Tensor, "prefix d_model batch"]:
+        self, layer: int, entry: Entry, groups: list[Group], x: Float[Tensor, "d_model batch"], only_attention: bool
+    ) -> tuple[Float[Tensor, "prefix d_model batch"], Spread | None]:
         """From one vector a target to all positions, by the first attention on the way and around it."""
         prefix = groups[-1].position + 1
-        stream = self._take("stream", (prefix, *x.shape)).zero_()
+        stream = self._columns(layer, prefix, x.shape[1])[:, : len(x)]
         if self.path.attentions is not None:
+            stream.zero_()
             stream[entry.positions, :, torch.arange(x.shape[1], device=x.device)] = x.T
             self._full_gradient(layer, stream, raw=only_attention)
-        else:
-            by_head = self._head_maps(layer, x, raw=only_attention)
-            for position, columns in groups:
-                query, keys = slice(position, position + 1), slice(0, position + 1)
-                pattern = self._pattern(layer, query, keys, raw=only_attention)[:, 0]
-                moved = pattern.T @ by_head[:, :, columns].reshape(len(by_head), -1)
-                stream[keys, :, columns] = moved.view(position + 1, len(x), -1)
-                if not only_attention:
-                    stream[position, :, columns] += x[:, columns]
-        if to_pre is not None:
-            for position, columns in groups:
-                stream[position, :, columns] += to_pre[:, columns]
-        return stream
+            return stream, None
+        patterns = (
+            self._pattern(layer, slice(position, position + 1), slice(0, position + 1), raw=only_attention)
+            for position, _ in groups
+        )
+        shares = [pattern[:, 0].T for pattern in patterns]
+        by_head = self._head_maps(layer, x, raw=only_attention)
+        spread = Spread(by_head, None if only_attention else x, shares, groups)
+        spread.write(stream)
+        return stream, spread
 
     def _head_maps(
         self, layer: int, x: Float[Tensor, "d_model batch"], *, raw: bool
@@ -161,30 +202,43 @@ class Sweep:
         values = value.view(len(value), kv_heads, d_head).transpose(0, 1)
         return torch.matmul(values[:, None], carried).flatten(0, 1).to(x.dtype)
 
-    def _attend(self, layer: int, stream: Tensor, to_pre: Tensor | None) -> Float[Tensor, "prefix d_model batch"]:
-        """From the stream after attention to the stream before it, in place."""
+    def _attend(
+        self, layer: int, stream: Tensor, to_pre: Tensor | None, spread: Spread | None, wide: bool
+    ) -> Float[Tensor, "prefix width batch"]:
+        """From the stream after attention to the stream before it, in place.
+
+        spread: what the stream was made of, where nothing has changed it since. wide: leave what attention's values
+        give beside the stream.
+        """
         if self.path.attentions is not None:
             self._full_gradient(layer, stream, raw=False)
+            return stream if to_pre is None else stream.add_(to_pre)
+        prefix, width, batch = stream.shape
+        out, value = self.transposed.maps(layer, self.products)
+        heads = self._take("heads", (prefix, len(out), batch), self.products)
+        if spread is not None and len(spread.vectors) < prefix:
+            carried = torch.matmul(out, spread.vectors.to(self.products))
+            own = None if spread.own is None else out @ spread.own.to(self.products)
+            shares = [share.to(self.products) for share in spread.shares]
+            Spread(carried, own, shares, spread.groups).write(heads)
         else:
-            prefix, _, batch = stream.shape
-            out, value = self.transposed.maps(layer, self.products)
-            taken = stream if stream.dtype == self.products else stream.to(self.products)
-            heads = self._take("heads", (prefix, len(out), batch), self.products)
-            torch.bmm(out.expand(prefix, -1, -1), taken, out=heads)
-            mixed = self._mix(layer, heads, value.shape[1])
-            values = value.expand(prefix, -1, -1)
-            if stream.dtype == self.products:
-                stream.baddbmm_(values, mixed)
-            else:
-                stream.add_(torch.bmm(values, mixed))
-        return stream if to_pre is None else stream.add_(to_pre)
+            torch.bmm(out.expand(prefix, -1, -1), stream.to(self.products), out=heads)
+        columns = self._columns(layer, prefix, batch)
+        if self.products == stream.dtype:
+            self._mix(layer, heads, columns[:, width:])
+            if not wide:
+                stream.baddbmm_(value.expand(prefix, -1, -1), columns[:, width:])
+        else:
+            mixed = self._take("mixed", (prefix, value.shape[1], batch), self.products)
+            self._mix(layer, heads, mixed)
+            stream.add_(torch.bmm(value.expand(prefix, -1, -1), mixed))
+        return columns if wide else stream if to_pre is None else stream.add_(to_pre)
 
-    def _mix(self, layer: int, heads: Tensor, width: int) -> Float[Tensor, "prefix kv_heads*d_head batch"]:
-        """From gradients at what heads carried to queries to those at what they took from keys."""
+    def _mix(self, layer: int, heads: Tensor, mixed: Float[Tensor, "prefix kv_heads*d_head batch"]) -> None:
+        """From gradients at what heads carried to queries to those at what they took from keys, into `mixed`."""
         prefix, _, batch = heads.shape
         kv_heads, _, d_head = self.path.weights.blocks[layer].W_V.shape
         carried = heads.view(prefix, kv_heads, -1, d_head * batch)
-        mixed = self._take("mixed", (prefix, width, batch), self.products)
         by_key = mixed.view(prefix, kv_heads, d_head * batch)
         for start in range(0, prefix, KEYS):
             keys, queries = slice(start, min(start + KEYS, prefix)), slice(start, prefix)
@@ -196,7 +250,6 @@ class Sweep:
                     torch.bmm(*of_head, out=into)
                 else:
                     into.baddbmm_(*of_head)
-        return mixed
 
     def _pattern(
         self, layer: int, queries: slice, keys: slice, *, raw: bool = False
@@ -288,6 +341,14 @@ class Sweep:
         if (found := self._work.get((name, dtype))) is None or len(found) < size:
             found = self._work[name, dtype] = like.new_empty(size, dtype=dtype)
         return found[:size].view(shape)
+
+
+def _at_positions(added: Tensor | None, groups: list[Group], stream: Tensor) -> Tensor:
+    """Add to a stream what stands at each target's own position."""
+    if added is not None:
+        for position, columns in groups:
+            stream[position, :, columns] += added[:, columns]
+    return stream
 
 
 def transpose_norm_at_all(
