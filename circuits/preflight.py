@@ -12,6 +12,7 @@ import resource
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from time import perf_counter
@@ -22,8 +23,10 @@ import torch
 from jaxtyping import Float, Int
 from scipy.optimize import nnls
 
-from circuits.attribution import Tracer, assemble, attribute, check_settings, prepare, sweep_bytes
+from circuits.assembly import assemble
+from circuits.attribution import attribute, check_settings, prepare
 from circuits.report import report
+from circuits.tracer import Tracer, sweep_bytes
 from graphs import prune, to_neuronpedia
 from graphs.graph import AttributionGraph
 from replacement.linearised import Linearisation
@@ -119,7 +122,7 @@ class _Pilot:
         self.model, self.tracer, self.wanted, self.update_every = model, tracer, wanted, update_every
         self.n_targets = len(tracer.targets)
         self.rank_samples: list[tuple[int, float]] = []  # entries of the rows known, seconds
-        self.chosen = np.arange(wanted) if update_every is None else self._rank()[:wanted]
+        self.chosen = np.arange(wanted) if update_every is None else self._rank()
         self.batches = list(self._plan())
 
     def expected(self, begun: float, loaded: int) -> Preflight:
@@ -209,14 +212,15 @@ class _Pilot:
 
     def _density(self) -> float:
         """Entries of the sampled rows, as a share of those that they can have."""
-        possible = int(self._sources(np.array(self.tracer.order, dtype=int)).sum())
-        sampled = sum(row.nnz for row in self.tracer.rows[self.n_targets :])
+        possible = int(self._sources(self.tracer.order).sum())
+        sampled = _entries(self.tracer, of_targets=False)
         return sampled / possible if possible else 0.0
 
     def _stored_entries(self) -> int:
         """Entries of all rows."""
-        targets = sum(row.nnz for row in self.tracer.rows[: self.n_targets])
-        return targets + int(self._density() * sum(batch.sources for batch in self.batches))
+        return _entries(self.tracer, of_targets=True) + int(
+            self._density() * sum(batch.sources for batch in self.batches)
+        )
 
     def _kept_share(self) -> float:
         """The share of the rows' entries that is left when features without a row are taken out."""
@@ -229,13 +233,13 @@ class _Pilot:
 
     def _rank(self) -> Int[np.ndarray, " n"]:
         started = perf_counter()
-        ranked = self.tracer.rank()
+        ranked = self.tracer.rank(self.wanted)
         self.rank_samples.append((_entries(self.tracer), perf_counter() - started))
         return ranked
 
     def _ranking(self, stored: int) -> tuple[float, float]:
         """Seconds of all rankings, and the bytes that the last one takes beside the rows."""
-        peak = _peak_bytes(self.tracer.rank)
+        peak = _peak_bytes(lambda: self.tracer.rank(self.wanted))
         self._rank()
         assert self.update_every is not None
         known = np.arange(0, self.wanted, self.update_every) / max(1, self.wanted) * stored
@@ -247,11 +251,11 @@ class _Pilot:
         """Seconds to assemble and to finish the graph, and the bytes that each takes beside the rows or the graph."""
         tracer, entries = self.tracer, _entries(self.tracer)
         started = perf_counter()
-        graph = assemble(self.model, tracer, "", {})
+        graph = _assembled(self.model, tracer)
         assembled = perf_counter()
         _finish(graph)
         finished = perf_counter()
-        assembly = _peak_bytes(lambda: assemble(self.model, tracer, "", {})) / max(1, entries)
+        assembly = _peak_bytes(lambda: _assembled(self.model, tracer)) / max(1, entries)
         finish = _peak_bytes(lambda: _finish(graph)) / max(1, graph.n_edges)
         # sums grow with edges, structure and words with nodes, of which the sample has more for its edges: the mean
         nodes = len(graph.nodes) + self.wanted - len(tracer.order)
@@ -267,8 +271,16 @@ def _finish(graph: AttributionGraph) -> None:
     to_neuronpedia(pruned)
 
 
-def _entries(tracer: Tracer) -> int:
-    return sum(row.nnz for row in tracer.rows)
+def _entries(tracer: Tracer, *, of_targets: bool | None = None) -> int:
+    """Entries of the rows known, of targets' or features' alone where that is asked for."""
+    return sum(block.rows.nnz for block in tracer.blocks if of_targets in (None, block.of_targets))
+
+
+def _assembled(model: ReplacementModel, tracer: Tracer) -> AttributionGraph:
+    """The graph of the rows known, which stay."""
+    once = copy(tracer)
+    once.blocks = [*tracer.blocks]
+    return assemble(model, once, "", {})
 
 
 def _line(samples: Sequence[tuple[float, float]], at: float) -> float:

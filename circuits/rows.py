@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import csr_array
 
-from graphs.pruning import selection_threshold
 from replacement.errors import InputError
 
 WHOLE_ENTRIES = 50_000_000  #: rows times sources up to which a graph keeps all of its edges, unless told otherwise
 LARGE_DROP = 1e-3  #: share of a row that larger graphs leave out, unless told otherwise
+INDEX_BYTES = 4  #: an entry is a value and the index of its column, int32
 
 
 class StoredRows(NamedTuple):
@@ -23,10 +23,35 @@ class StoredRows(NamedTuple):
 
     kept: csr_array
     """[n_rows, n_sources] signed weights, of the rows' own dtype."""
+    sums: Float[np.ndarray, " n_rows"]
+    """Each row's sum of absolute weights that were kept, float64."""
     dropped: Float[np.ndarray, " n_rows"]
     """Signed sum of each row's edges that were left out, float64."""
     share: float
     """Largest share of a row's absolute sum that was left out, at most `drop`."""
+
+
+class Block(NamedTuple):
+    """Rows of one depth, as they were computed."""
+
+    depth: int
+    of_targets: bool
+    """Whether these are rows of targets, not of features."""
+    index: Int[np.ndarray, " n_rows"]
+    """Which target, or which active feature, each row belongs to."""
+    rows: csr_array
+    """[n_rows, n_sources] signed weights, column indices ascending."""
+    sums: Float[np.ndarray, " n_rows"]
+    """Each row's sum of absolute weights, float64."""
+    constants: Float[np.ndarray, "n_rows 3"]
+    """Each row's bias, what position 0 writes into it, and what was dropped of it."""
+    share: float
+    """Largest share of a row that was dropped."""
+
+    @property
+    def nbytes(self) -> int:
+        """What the rows take."""
+        return int(self.rows.data.nbytes + self.rows.indices.nbytes)
 
 
 def store(rows: Float[np.ndarray, "n_rows n_sources"], *, drop: float) -> StoredRows:
@@ -35,23 +60,43 @@ def store(rows: Float[np.ndarray, "n_rows n_sources"], *, drop: float) -> Stored
     They are the row's smallest, found by selection; edges as large as the smallest that stays stay too. `drop=0` keeps
     every edge that is not 0.
     """
-    if drop == 0:
-        return StoredRows(csr_array(rows), np.zeros(len(rows)), 0.0)
     indices, weights = [np.empty(0, np.int32)], [np.empty(0, rows.dtype)]
-    dropped, share = np.zeros(len(rows)), 0.0
+    sums, dropped, share = np.zeros(len(rows)), np.zeros(len(rows)), 0.0
     for i, row in enumerate(rows):
         sources = np.flatnonzero(row)
         edges = row[sources]
-        sizes = np.abs(edges.astype(np.float64))
-        stays = sizes >= selection_threshold(sizes, 1 - drop)
-        indices.append(sources[stays].astype(np.int32))
-        weights.append(edges[stays])
-        if not stays.all():
-            dropped[i] = edges[~stays].sum(dtype=np.float64)
-            share = max(share, float(sizes[~stays].sum() / sizes.sum()))
+        sizes = np.abs(edges)
+        sums[i] = total = sizes.sum(dtype=np.float64)
+        goes = _smallest(sizes, drop * total)
+        if goes is not None:
+            lost = sizes[goes].sum(dtype=np.float64)
+            dropped[i] = edges[goes].sum(dtype=np.float64)
+            sums[i], share = total - lost, max(share, float(lost / total))
+            sources, edges = sources[~goes], edges[~goes]
+        indices.append(sources.astype(np.int32))
+        weights.append(edges)
     starts = np.cumsum([len(part) for part in weights])
-    parts = (np.concatenate(weights), np.concatenate(indices), starts)
-    return StoredRows(csr_array(parts, shape=rows.shape), dropped, share)
+    parts = (np.concatenate(weights), np.concatenate(indices), starts.astype(np.int32))
+    return StoredRows(csr_array(parts, shape=rows.shape), sums, dropped, share)
+
+
+def _smallest(sizes: Float[np.ndarray, " n"], allowed: float) -> Bool[np.ndarray, " n"] | None:
+    """Which are the smallest that sum to at most `allowed`, without those as large as one that stays; None for none.
+
+    What goes is few: only sizes below a bound are sorted, a bound that grows until it holds more than may go.
+    """
+    if not 0 < allowed < np.inf:
+        return None
+    bound = float(4 * allowed / len(sizes))  # those below a quarter of this go in any case
+    while True:
+        few = sizes[sizes < bound].astype(np.float64)
+        if len(few) == len(sizes) or few.sum() > allowed:
+            break
+        bound *= 4
+    few.sort()
+    within = int(np.searchsorted(np.cumsum(few), allowed, side="right"))
+    goes = sizes < sizes.dtype.type(few[min(within, len(few) - 1)])
+    return goes if goes.any() else None
 
 
 def chosen_drop(drop: float | None, *, n_rows: int, n_sources: int) -> float:

@@ -26,6 +26,8 @@ PLACES = ("pre", "attn", "mid", "mlp", "post")
 stream after it, the MLP, the stream after that.
 """
 MLP = PLACES.index("mlp")
+PIECE = 2**18
+"""Edges whose sums are taken at once: their copy in float64 stays in the processor's cache."""
 TINY = 1e-30
 """Smallest scale that a row's residual is divided by, so that an all-zero row has residual 0."""
 
@@ -229,12 +231,25 @@ class AttributionGraph:
         """The target node of each edge, aligned with `adjacency.data`."""
         return np.repeat(np.arange(self.n_nodes, dtype=self.adjacency.indices.dtype), np.diff(self.adjacency.indptr))
 
-    def sum_rows(self, values: Float[np.ndarray, " n_edges"]) -> Float[np.ndarray, " n_nodes"]:
-        """Return per node the sum over its incoming edges of `values` (aligned with `adjacency.data`), in float64."""
+    def sum_rows(
+        self, values: Float[np.ndarray, " n_edges"], *, absolute: bool = False
+    ) -> Float[np.ndarray, " n_nodes"]:
+        """Return per node the sum over its incoming edges of `values` (aligned with `adjacency.data`), in float64.
+
+        absolute: sum absolute values.
+        """
         sums, starts = np.zeros(self.n_nodes), self.adjacency.indptr
         filled = np.flatnonzero(np.diff(starts))
-        if len(filled):
-            sums[filled] = np.add.reduceat(values, starts[filled], dtype=np.float64)
+        ends = starts[filled + 1]
+        done = 0
+        while done < len(filled):  # a piece at a time: in float64 all edges would take twice the graph's own memory
+            first = starts[filled[done]]
+            until = max(done + 1, int(np.searchsorted(ends, first + PIECE, side="right")))
+            piece = values[first : ends[until - 1]].astype(np.float64)
+            if absolute:
+                np.abs(piece, out=piece)
+            sums[filled[done:until]] = np.add.reduceat(piece, starts[filled[done:until]] - first)
+            done = until
         return sums
 
     @property
@@ -299,7 +314,7 @@ def row_residual(graph: AttributionGraph) -> float:
     if not rows.any():
         return 0.0
     totals = graph.sum_rows(graph.adjacency.data)
-    sizes = graph.sum_rows(np.abs(graph.adjacency.data))
+    sizes = graph.sum_rows(graph.adjacency.data, absolute=True)
     totals = totals + graph.bias + graph.bos + graph.untraced + (0.0 if graph.dropped is None else graph.dropped)
     missing = np.abs(totals - graph.pre_activation)[rows]
     scale = np.maximum(np.abs(graph.pre_activation), sizes)[rows]

@@ -29,7 +29,7 @@ class Flow(NamedTuple):
 
 def flow(graph: AttributionGraph) -> Flow:
     """Return the sums of each row and each node's influence; raises InputError where the graph has a cycle."""
-    sums = graph.sum_rows(np.abs(graph.adjacency.data))
+    sums = graph.sum_rows(graph.adjacency.data, absolute=True)
     return Flow(sums, _sweep(graph, sums))
 
 
