@@ -26,9 +26,10 @@ from graphs.files import whole_file
 from graphs.graph import AttributionGraph, NodeKind
 from replacement.contributions import enter
 from replacement.errors import InputError
+from replacement.features import Targets
 from replacement.linear import apply_norm
 from replacement.linearised import Linearisation
-from replacement.local import LocalModel, Targets
+from replacement.local import LocalModel
 from replacement.model import ReplacementModel
 from replacement.sites import Place, Slot
 

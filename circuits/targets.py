@@ -18,7 +18,8 @@ from torch import Tensor
 
 from graphs.graph import PLACES
 from replacement.errors import InputError
-from replacement.local import LocalModel, Targets
+from replacement.features import Targets
+from replacement.local import LocalModel
 from replacement.model import ReplacementModel
 from replacement.sites import Place, Slot
 

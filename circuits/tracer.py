@@ -18,7 +18,8 @@ from circuits.selection import partial_influence, strongest
 from circuits.targets import Target, depth, reads
 from replacement.contributions import Contributions, Engine, total_rows
 from replacement.errors import InputError
-from replacement.local import LocalModel, Targets
+from replacement.features import Targets
+from replacement.local import LocalModel
 
 SWEEP_BYTES = 256 * 2**20  #: what one sweep's working arrays may take
 

@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from replacement.contributions import Contributions, zero_contributions
+from replacement.features import Targets
 from replacement.linearised import LinearMLP, attend_hooks
-from replacement.local import LocalModel, Targets
+from replacement.local import LocalModel
 from replacement.sites import Hook, Place, Slot, freeze_hooks, hook_name, hooked
 
 

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from replacement.features import Targets
 from replacement.linear import Entry, apply_norm
-from replacement.local import LocalModel, Targets
+from replacement.local import LocalModel
 from replacement.sites import Slot
 from replacement.sweep import Group, Pulled, Sweep, Transposed
 

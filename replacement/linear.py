@@ -2,8 +2,9 @@
 
 With attention patterns and norm scales frozen at their values on the prompt, what flows from any write to any later
 read is a linear map: norms, value and output maps of attention, skip connections of dictionaries, linearised MLPs. This
-file applies that map (`attention`, `read`, `write`) and its transpose (`sweep`) as plain matrix products: no hooks, and
-no autograd but where attention's full gradient is asked for. It knows nothing of features.
+file applies that map (`attention`, `read`, `write`) as plain matrix products, and its transpose at single positions;
+`replacement.sweep` pulls gradients back through all of it. No hooks, and no autograd but where attention's full
+gradient is asked for. It knows nothing of features.
 
 The residual stream is called by block: `pre` (before attention), `mid` (after attention, where the MLP reads; in a
 parallel block the same as `pre`), `post` (after the MLP's write).

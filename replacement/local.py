@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,7 @@ from torch import Tensor
 from replacement.coverage import Coverage, replaces_what_it_reads
 from replacement.crosscoder import Crosscoder
 from replacement.dictionary import Dictionary
+from replacement.features import Features, Targets, Writes
 from replacement.linear import LinearPath, Skip, apply_norm
 from replacement.linearised import Linearisation, LinearMLP, attention_gradients, linear_mlp
 from replacement.neurons import Neurons
@@ -27,50 +28,6 @@ from replacement.sites import WRITES, ForwardPass, ModelWeights, Place, Slot
 OwnNeurons = Callable[[Sequence[int]], Mapping[int, Neurons]]
 """Gives the neurons of the MLPs of some layers."""
 RESIDUAL = (Place.PRE, Place.MID, Place.POST)
-
-
-class Features(NamedTuple):
-    """Active features, sorted by layer, place, position, feature."""
-
-    layer: Int[Tensor, " n"]
-    place: Int[Tensor, " n"]
-    position: Int[Tensor, " n"]
-    feature: Int[Tensor, " n"]
-    activation: Float[Tensor, " n"]
-
-    @property
-    def depth(self) -> Int[Tensor, " n"]:
-        """A number that grows in the order of computation: a feature has only sources of smaller depth."""
-        return self.layer * len(Place) + self.place
-
-
-class Targets(NamedTuple):
-    """Scalars whose sources are asked for, all read at one site (or, at `layer == n_layers`, after the last norm).
-
-    A target's value is `rows . x[position] + biases`, with x the activations at the site.
-    """
-
-    layer: int
-    site: str  # not used at layer == n_layers
-    positions: Int[Tensor, " n"]
-    rows: Float[Tensor, "n d_model"]
-    biases: Float[Tensor, " n"]
-    written: bool = False  # whether the site is written too, as by an SAE: what is read stood there before
-
-
-class Writes(NamedTuple):
-    """What the active features of one dictionary write at one slot, sorted by position."""
-
-    first: int  # which feature of Features is the first; the others follow it
-    position: Int[Tensor, " n"]
-    feature: Int[Tensor, " n"]
-    activation: Float[Tensor, " n"]
-    writer: Dictionary
-    layer: int
-
-    def vectors(self, rows: slice = slice(None)) -> Float[Tensor, "n d_model"]:
-        """Activations times decoder rows, gathered anew at each call: all of them may not fit in memory at once."""
-        return self.writer.write_rows(self.feature[rows], self.layer) * self.activation[rows, None]
 
 
 class LocalModel:
