@@ -108,15 +108,15 @@ class LinearEngine:
             if position == 0:
                 found.bos[columns] += bos @ _at(pulled, 0, columns)
         for number, writes in enumerate(self.local.writes.get(pulled.slot, ())):
-            starts = self._starts[pulled.slot, number]
-            vectors = self._vectors(pulled.slot, number, slice(0, starts[groups[-1].position + 1]))
-            vectors = self._reached(pulled, vectors, pulled.slot, number)
-            everywhere = [Group(position, slice(None)) for position in range(groups[-1].position + 1)]
-            for position, columns in groups if pulled.alone else everywhere:
-                start, stop = starts[position], starts[position + 1]
-                if start < stop:
-                    into = found.features[writes.first + start : writes.first + stop, columns]
-                    into.addmm_(vectors[start:stop], _at(pulled, position, columns))
+            starts, kept = self._starts[pulled.slot, number], None
+            if self._keeps:
+                kept = self._reached(pulled, self._vectors(pulled.slot, number), pulled.slot, number)
+            for position, columns in groups if pulled.alone else _everywhere(groups):
+                rows = slice(starts[position], starts[position + 1])
+                if rows.start < rows.stop:
+                    vectors = kept[rows] if kept is not None else self._written(pulled.slot, number, rows)
+                    into = found.features[writes.first + rows.start : writes.first + rows.stop, columns]
+                    into.addmm_(vectors, _at(pulled, position, columns))
 
     def _add_embeddings(self, pulled: Pulled, groups: list[Group], found: _Columns) -> None:
         forward = self.local.forward
@@ -124,8 +124,7 @@ class LinearEngine:
             table = self.sweep.table
             assert table is not None
             table = self._reached(pulled, table, "table")
-            everywhere = [Group(position, slice(None)) for position in range(groups[-1].position + 1)]
-            for position, columns in groups if pulled.alone else everywhere:
+            for position, columns in groups if pulled.alone else _everywhere(groups):
                 into = found.embeddings[: position + 1, columns]
                 into.addmm_(table[position, : position + 1], _at(pulled, position, columns))
         else:
@@ -177,18 +176,16 @@ class LinearEngine:
             for number, writes in enumerate(of)
         }
 
-    def _vectors(self, slot: Slot, number: int, rows: slice) -> Float[Tensor, "n d_model"]:
-        """What the features of one dictionary add to the stream at a slot; kept where all of them fit."""
-        if (kept := self._kept.get((slot, number))) is not None:
-            return kept
+    def _vectors(self, slot: Slot, number: int) -> Float[Tensor, "n d_model"]:
+        """What the features of one dictionary add to the stream at a slot, kept for the next sweep."""
+        if (slot, number) not in self._kept:
+            self._kept[slot, number] = self._written(slot, number, slice(None))
+        return self._kept[slot, number]
+
+    def _written(self, slot: Slot, number: int, rows: slice) -> Float[Tensor, "n d_model"]:
         writes = self.local.writes[slot][number]
-        rows = slice(None) if self._keeps else rows
         vectors, norm = writes.vectors(rows), self.local.path.write_norm(slot.layer, self.local.write_site(slot))
-        if norm is not None:
-            vectors = apply_norm(norm[0], norm[1][writes.position[rows]], vectors, bias=False)
-        if self._keeps:
-            self._kept[slot, number] = vectors
-        return vectors
+        return vectors if norm is None else apply_norm(norm[0], norm[1][writes.position[rows]], vectors, bias=False)
 
 
 class _Columns:
@@ -216,6 +213,11 @@ def _groups(positions: Int[Tensor, " n"]) -> list[Group]:
     stops = counts.cumsum(0).tolist()
     starts = [0, *stops[:-1]]
     return [Group(*each) for each in zip(found.tolist(), map(slice, starts, stops), strict=True)]
+
+
+def _everywhere(groups: list[Group]) -> list[Group]:
+    """All targets at every position up to the last."""
+    return [Group(position, slice(None)) for position in range(groups[-1].position + 1)]
 
 
 def _at(pulled: Pulled, position: int, columns: slice) -> Float[Tensor, "d_model n"]:

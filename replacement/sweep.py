@@ -27,6 +27,7 @@ from replacement.linearised import LinearMLP
 from replacement.sites import ModelWeights, Norm, Place, Slot
 
 KEYS = 256  #: keys of an attention pattern that are multiplied at once; later queries only, half the work when many
+FEW = 24  #: targets up to which a product takes all positions as one matrix: libraries are slow at narrow ones
 TABLE_BYTES = 64 * 2**20  #: what the table of the first block may take; beyond, gradients go through like anywhere
 
 
@@ -222,16 +223,16 @@ class Sweep:
             shares = [share.to(self.products) for share in spread.shares]
             Spread(carried, own, shares, spread.groups).write(heads)
         else:
-            torch.bmm(out.expand(prefix, -1, -1), stream.to(self.products), out=heads)
+            _product(out, stream.to(self.products), heads)
         columns = self._columns(layer, prefix, batch)
         if self.products == stream.dtype:
             self._mix(layer, heads, columns[:, width:])
             if not wide:
-                stream.baddbmm_(value.expand(prefix, -1, -1), columns[:, width:])
+                _product(value, columns[:, width:], stream, add=True)
         else:
             mixed = self._take("mixed", (prefix, value.shape[1], batch), self.products)
             self._mix(layer, heads, mixed)
-            stream.add_(torch.bmm(value.expand(prefix, -1, -1), mixed))
+            stream.add_(_product(value, mixed, stream.new_empty(stream.shape, dtype=self.products)))
         return columns if wide else stream if to_pre is None else stream.add_(to_pre)
 
     def _mix(self, layer: int, heads: Tensor, mixed: Float[Tensor, "prefix kv_heads*d_head batch"]) -> None:
@@ -341,6 +342,20 @@ class Sweep:
         if (found := self._work.get((name, dtype))) is None or len(found) < size:
             found = self._work[name, dtype] = like.new_empty(size, dtype=dtype)
         return found[:size].view(shape)
+
+
+def _product(
+    matrix: Float[Tensor, "m n"], x: Float[Tensor, "prefix n batch"], into: Float[Tensor, "prefix m batch"],
+    *, add: bool = False,
+) -> Float[Tensor, "prefix m batch"]:  # fmt: skip
+    """`into = matrix x` at every position, or `into += matrix x`."""
+    prefix, n, batch = x.shape
+    if batch < FEW:
+        flat = matrix @ x.permute(1, 0, 2).reshape(n, prefix * batch)
+        found = flat.view(-1, prefix, batch).permute(1, 0, 2)
+        return into.add_(found) if add else into.copy_(found)
+    everywhere = matrix.expand(prefix, -1, -1)
+    return into.baddbmm_(everywhere, x) if add else torch.bmm(everywhere, x, out=into)
 
 
 def _at_positions(added: Tensor | None, groups: list[Group], stream: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from tests.tiny import FAMILIES, PROMPT
 
 SHORTCUTS = {
     "few keys at once": [(sweep, "KEYS", 3)],
+    "one matrix": [(sweep, "FEW", 10_000)],
+    "a matrix a position": [(sweep, "FEW", 0)],
     "no table": [(sweep, "TABLE_BYTES", 0)],
     "vectors gathered": [(contributions, "KEPT_BYTES", 0)],
     "neither": [(sweep, "TABLE_BYTES", 0), (contributions, "KEPT_BYTES", 0)],
