@@ -79,10 +79,10 @@ def measure(
     torch.manual_seed(0)
     activations = Activations(options.data, options.width, options.batch_tokens, options.steps)
     activations.read(0, options.batch_tokens)
-    before = _reset_peak()
+    before = reset_memory_peak()
     approximate = train(activations)
     cpu, wall = time.process_time(), time.perf_counter()
-    peak = _peak()
+    peak = memory_peak()
     began = activations.started[min(_UNTIMED, len(activations.started) - 1)]
     timed = options.steps - min(_UNTIMED, len(activations.started) - 1)
     missed = total = l0 = tokens = 0.0
@@ -127,7 +127,7 @@ def _status(name: str) -> int:
     raise KeyError(name)
 
 
-def _reset_peak() -> int:
+def reset_memory_peak() -> int:
     """Resident memory now; the peak is counted from here where the system allows it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -136,7 +136,8 @@ def _reset_peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _peak() -> int:
+def memory_peak() -> int:
+    """Largest resident memory since then."""
     try:
         return _status("VmHWM")
     except (OSError, KeyError):
