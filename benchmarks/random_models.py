@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 KINDS = {"transcoder": "transcoder_set", "clt": "cross_layer_transcoder"}
 """Kind of dictionaries, and its name in `config.yaml`."""
@@ -33,6 +34,7 @@ def prompt_text(tokens: int) -> str:
 def make_model(folder: Path, *, layers: int, width: int) -> None:
     """Save a random model whose weights keep activations near 1, with a tokenizer of the words `w3`, `w4`, ..."""
     set_seed(0)
+    disable_progress_bar()
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
     heads = {"num_attention_heads": width // D_HEAD, "num_key_value_heads": width // D_HEAD}
     limits = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "tie_word_embeddings": False}
