@@ -167,9 +167,8 @@ def _seconds(figures: dict[str, Any] | None) -> str:
 def _ratio(peer: dict[str, Any] | None, own: dict[str, Any]) -> str:
     if peer is None or "failed" in own:
         return ""
-    if "failed" in peer:  # a process past the time limit took at least that; one without memory says nothing of time
-        late = peer["failed"].endswith(" s")
-        return f"> {float(peer['failed'].split()[1]) / own['wall_seconds']:.1f}" if late else ""
+    if "failed" in peer:
+        return ""
     return f"{peer['cpu_seconds'] / own['cpu_seconds']:.1f}"
 
 
@@ -183,7 +182,7 @@ def main() -> None:
     parser.add_argument("--circuit-tracer", metavar="PYTHON", help="interpreter of an environment with circuit-tracer")
     parser.add_argument("--row", nargs="+", metavar="NAME", default=list(ROWS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=600, help="seconds that a process may take")
+    parser.add_argument("--limit", type=float, default=600, help="CPU seconds that a process may take")
     parser.add_argument("--memory", type=float, default=16, help="GB that a process may take")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="add the rows to this file")

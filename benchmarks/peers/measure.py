@@ -6,6 +6,9 @@ Needs torch and numpy alone, so that it runs inside any peer's environment. Know
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import resource
 import statistics
@@ -129,6 +132,9 @@ def _status(name: str) -> int:
 
 def reset_memory_peak() -> int:
     """Resident memory now; the peak is counted from here where the system allows it."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc's alone; what loading left behind would hide what comes now
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
