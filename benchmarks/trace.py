@@ -167,8 +167,9 @@ def _seconds(figures: dict[str, Any] | None) -> str:
 def _ratio(peer: dict[str, Any] | None, own: dict[str, Any]) -> str:
     if peer is None or "failed" in own:
         return ""
-    if "failed" in peer:
-        return ""
+    if "failed" in peer:  # past the time limit it took at least that; out of memory says nothing of time
+        late = peer["failed"].endswith(" s")
+        return f"> {int(peer['failed'].split()[1]) / own['cpu_seconds']:.1f}" if late else ""
     return f"{peer['cpu_seconds'] / own['cpu_seconds']:.1f}"
 
 
@@ -182,7 +183,7 @@ def main() -> None:
     parser.add_argument("--circuit-tracer", metavar="PYTHON", help="interpreter of an environment with circuit-tracer")
     parser.add_argument("--row", nargs="+", metavar="NAME", default=list(ROWS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=600, help="CPU seconds that a process may take")
+    parser.add_argument("--limit", type=int, default=600, help="CPU seconds that a trace may take")
     parser.add_argument("--memory", type=float, default=16, help="GB that a process may take")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="add the rows to this file")

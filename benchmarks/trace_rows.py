@@ -58,7 +58,7 @@ class Settings(NamedTuple):
     """How every process is run."""
 
     threads: int
-    limit: float  #: CPU seconds a process may take
+    limit: int  #: CPU seconds a trace may take
     memory: float  #: GB it may take
     device: str
 
@@ -84,7 +84,7 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     """The figures of one process, or `{"failed": why}` where it ran out of memory or time; exits for other failures."""
     command = [interpreter, str(PEERS / script), "--model", str(folders[0]), "--dictionaries", str(folders[1])]
-    command += ["--threads", str(settings.threads), "--device", settings.device]
+    command += ["--threads", str(settings.threads), "--device", settings.device, "--limit", str(settings.limit)]
     command += [] if row.rows is None else ["--rows", str(row.rows)]
     command += [] if batch is None else ["--batch", str(batch)]
     command += [] if out is None else ["--out", str(out)]
@@ -96,16 +96,14 @@ def run(
     if printed:  # also where it failed later, while it wrote edges
         return json.loads(printed[-1])
     if done.returncode == -signal.SIGXCPU:
-        return {"failed": f"> {settings.limit:.0f} s"}
+        return {"failed": f"> {settings.limit} s"}
     if done.returncode == -signal.SIGKILL or any(words in done.stderr for words in OUT_OF_MEMORY):
         return {"failed": f"> {settings.memory:.0f} GB"}
     raise SystemExit(f"{script} {row} failed:\n{done.stderr[-1500:]}")
 
 
 def _bound(settings: Settings) -> None:
-    """Limit this process: CPU time, since wall time depends on what else runs; memory that is its own."""
-    limit = int(settings.limit)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 30))
+    """Limit the memory of this process that is its own."""
     if settings.device == "cpu":  # a GPU's driver takes address space at will
         most = int(settings.memory * 1e9)
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, nargs="+", required=True, help="token ids")
     parser.add_argument("--rows", type=int, help="at most so many features have a row; all without it")
     parser.add_argument("--batch", type=int, help="targets a sweep; the tool's default without it")
+    parser.add_argument("--limit", type=int, required=True, help="CPU seconds that a trace may take")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="folder for logits and edges")
@@ -76,6 +78,8 @@ def run(tool: Tool) -> None:
     model = tool.load(options)
     memory = _Memory(options.device)
     tool.trace(model, tokens[:_WARM_UP], options)
+    limit = int(time.process_time()) + options.limit  # CPU time: wall time depends on what else runs
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
     cpu: list[float] = []
     wall: list[float] = []
     graph = None
@@ -89,6 +93,7 @@ def run(tool: Tool) -> None:
         cpu.append(time.process_time() - began[0])
         wall.append(time.perf_counter() - began[1])
         memory.note()
+    resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     figures = {"cpu_seconds": statistics.median(cpu), "wall_seconds": statistics.median(wall), "repeats": len(cpu)}
     figures |= {"peak_bytes": memory.over, "process_bytes": memory.process, "products_per_second": rate}
     print(json.dumps(figures | tool.figures(model, graph)), flush=True)
