@@ -2,9 +2,10 @@
 
     python benchmarks/dry_run.py [--size LAYERS,WIDTH,TOKENS,ROWS ...]
 
-Random Llama models with random transcoders, 40 active features a token and layer. Each line is two fresh processes of
-`circuits`, one thread each, one after the other: seconds are CPU seconds after loading (what else the machine does is
-no part of them), memory is the largest of the process. A ratio within 0.5 to 2 is what `--dry-run` promises.
+Random Llama models with random transcoders, about 40 active features a token and layer. Each line is two fresh
+processes of `circuits`, one thread each, one after the other: seconds are CPU seconds after loading (what else the
+machine does is no part of them), memory is the largest of the process. A ratio within 0.5 to 2 is what `--dry-run`
+promises.
 """
 
 from __future__ import annotations
@@ -17,22 +18,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
+from random_models import make_dictionaries, make_model, prompt_text
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from replacement import formats  # noqa: E402
-from replacement.activation import TopK  # noqa: E402
-from replacement.dictionary import DictionarySet  # noqa: E402
-from replacement.transcoder import Transcoder  # noqa: E402
-
 SIZES = ("4,128,16,all", "6,256,32,all", "6,256,64,500", "6,256,128,7500", "12,768,32,1000")
-FEATURES, K, VOCABULARY = 2048, 40, 1000
+FEATURES, ACTIVE = 2048, 40
 RUN = """
 import json, resource, sys, time
 from circuits import attribute, preflight
@@ -57,45 +49,16 @@ print(json.dumps(figures))
 
 
 def make(folder: Path, layers: int, width: int) -> None:
-    """Save a random model with its dictionaries."""
-    set_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": width // 32, "num_key_value_heads": width // 32}
-    config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=2048, **sizes, **heads)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    words = {"<unk>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<bos>", eos_token="<eos>"
-    ).save_pretrained(folder / "model")
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    by_layer = {
-        layer: Transcoder(
-            layer=layer,
-            read="mlp.hook_in",
-            write="hook_mlp_out",
-            W_enc=normal(FEATURES, width) / width**0.5,
-            b_enc=0.1 * normal(FEATURES),
-            W_dec=normal(FEATURES, width) / FEATURES**0.5,
-            b_dec=0.1 * normal(width),
-            activation=TopK(K),
-            W_skip=None,
-        )
-        for layer in range(layers)
-    }
-    (folder / "dictionaries").mkdir()
-    formats.save(DictionarySet(by_layer, "random"), folder / "dictionaries", dtype="float32")
+    """Save a random model with its transcoders."""
+    make_model(folder / "model", layers=layers, width=width)
+    sizes = {"layers": layers, "width": width, "features": FEATURES, "active": ACTIVE}
+    make_dictionaries(folder / "dictionaries", kind="transcoder", **sizes)
 
 
 def figures(what: str, folder: Path, tokens: int, rows: str) -> dict[str, float]:
     """What a fresh process says, expected or real."""
-    prompt = " ".join(f"w{(37 * i * i) % (VOCABULARY - 3) + 3}" for i in range(tokens - 1))
-    command = [sys.executable, "-c", RUN, what, str(folder / "model"), str(folder / "dictionaries"), prompt, rows]
+    paths = [str(folder / "model"), str(folder / "dictionaries")]
+    command = [sys.executable, "-c", RUN, what, *paths, prompt_text(tokens), rows]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -6,6 +6,9 @@ Needs torch and numpy alone, so that it runs inside any peer's environment. Know
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
 import json
 import resource
 import statistics
@@ -79,10 +82,10 @@ def measure(
     torch.manual_seed(0)
     activations = Activations(options.data, options.width, options.batch_tokens, options.steps)
     activations.read(0, options.batch_tokens)
-    before = _reset_peak()
+    before = reset_memory_peak()
     approximate = train(activations)
     cpu, wall = time.process_time(), time.perf_counter()
-    peak = _peak()
+    peak = memory_peak()
     began = activations.started[min(_UNTIMED, len(activations.started) - 1)]
     timed = options.steps - min(_UNTIMED, len(activations.started) - 1)
     missed = total = l0 = tokens = 0.0
@@ -127,8 +130,11 @@ def _status(name: str) -> int:
     raise KeyError(name)
 
 
-def _reset_peak() -> int:
+def reset_memory_peak() -> int:
     """Resident memory now; the peak is counted from here where the system allows it."""
+    gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc's alone; what loading left behind would hide what comes now
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
@@ -136,7 +142,8 @@ def _reset_peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _peak() -> int:
+def memory_peak() -> int:
+    """Largest resident memory since then."""
     try:
         return _status("VmHWM")
     except (OSError, KeyError):
