@@ -5,6 +5,7 @@ Array work only; knows nothing of how rows are computed, nor of what their colum
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,8 @@ class StoredRows(NamedTuple):
     """Largest share of a row's absolute sum that was left out, at most `drop`."""
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Block:
     """Rows of one depth, as they were computed."""
 
     depth: int
