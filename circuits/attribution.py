@@ -5,15 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from circuits import __version__
 from circuits.assembly import assemble
+from circuits.memory import budget, parse
 from circuits.rows import check_drop
+from circuits.saved_rows import Identity, SavedRows
 from circuits.targets import Feature, Spec, as_specs, from_start, last_position, resolve
 from circuits.tracer import Progress, Tracer
 from graphs.graph import AttributionGraph
@@ -21,7 +26,7 @@ from replacement.crosscoder import Crosscoder
 from replacement.errors import InputError
 from replacement.linearised import Linearisation
 from replacement.local import LocalModel
-from replacement.model import ReplacementModel
+from replacement.model import ENGINES, ReplacementModel
 
 MAX_RESIDUAL = 0.01  #: relative residual beyond which rows are wrong, not rounded, in float32 and float64
 
@@ -43,6 +48,8 @@ def attribute(
     batch_size: int = 512,
     update_interval: int = 4,
     drop: float | None = None,
+    memory: int | float | str | None = None,
+    saved: SavedRows | None = None,
     progress: Progress | None = None,
 ) -> AttributionGraph:
     """The attribution graph of a prompt: `A[t, s] = w_t^T J(t <- s) v_s` (Ameisen et al. 2025, "Circuit Tracing").
@@ -59,29 +66,29 @@ def attribute(
     trace_bos: trace position 0 like any other; by the field's convention it has no features and no errors.
     mlp, attention, ig_steps: what passes where no dictionary stands; see `Linearisation`.
     batch_size, update_interval: features are ranked anew after every `batch_size * update_interval` of them; a
-        sweep takes at most `batch_size` targets.
+        sweep takes at most `batch_size` targets, fewer where their arrays would take too much memory.
     drop: leave out the smallest edges of each row, of at most this share of its absolute sum together (`graph.dropped`
         keeps what they contribute); None: 0 up to `rows.WHOLE_ENTRIES` rows times sources, `rows.LARGE_DROP` beyond.
+    memory: what the trace may take beside model and dictionaries, as bytes or text such as "8GB"; None: half of what is
+        free. Rows that would not fit are refused, never cut.
+    saved: keeps rows on disk meanwhile, and has those of a run that was stopped; the caller removes them when done.
     progress: called with (rows done, rows in all).
-    Raises InputError for a prompt, target or setting that cannot be used, and where rows do not add up because the
-    architecture has paths that are not known here.
+    Raises InputError for a prompt, target or setting that cannot be used, where the rows do not fit in memory, and
+    where they do not add up because the architecture has paths that are not known here.
     """
-    check_settings(max_features, max_logits, logit_probability, batch_size, update_interval, drop)
+    said: dict[str, Any] = {"engine": engine, "max_features": max_features, "max_logits": max_logits}
+    said |= {"logit_probability": logit_probability, "trace_bos": trace_bos, "drop": drop}
+    check_settings(**said, batch_size=batch_size, update_interval=update_interval, memory=memory)
     with torch.no_grad():
-        rule = Linearisation(mlp=mlp, attention=attention, steps=ig_steps)
         tracer = prepare(
             model, prompt, targets=targets, position=position, max_logits=max_logits, engine=engine,
-            logit_probability=logit_probability, trace_bos=trace_bos, linearisation=rule, batch_size=batch_size,
-            progress=progress,
+            logit_probability=logit_probability, trace_bos=trace_bos, batch_size=batch_size, memory=memory,
+            linearisation=Linearisation(mlp=mlp, attention=attention, steps=ig_steps), progress=progress,
         )  # fmt: skip
-        tracer.run(max_features, batch_size * update_interval, drop)
-        settings: dict[str, Any] = {"engine": engine, "dtype": str(model.dtype).removeprefix("torch.")}
-        settings |= {"max_features": max_features, "max_logits": max_logits, "logit_probability": logit_probability}
-        settings |= {"trace_bos": trace_bos, "drop": tracer.drop, "dropped_share": tracer.dropped_share}
-        settings |= _as_asked(model, targets) | _how_linearised(tracer.local)
-        tokens = model.tokenize(prompt)
-        text = prompt if isinstance(prompt, str) else model.bridge.tokenizer.decode(tokens.tolist())
-        graph = assemble(model, tracer, text, settings)
+        if saved is not None:
+            tracer.save_in(saved, _identity(model, tracer, {**said, "update_every": batch_size * update_interval}))
+        _run(tracer, max_features, batch_size * update_interval, drop)
+        graph = assemble(model, tracer, _text(model, prompt), said | _found(model, tracer) | _as_asked(model, targets))
     _require_whole_rows(model, graph)
     return graph
 
@@ -98,6 +105,7 @@ def prepare(
     trace_bos: bool,
     linearisation: Linearisation,
     batch_size: int,
+    memory: int | float | str | None,
     progress: Progress | None = None,
 ) -> Tracer:
     """All that comes before the first row, arguments as in `attribute`: one forward pass, features, targets."""
@@ -108,7 +116,52 @@ def prepare(
     resolved = resolve(
         model, local, specs, position=min(at, last), max_logits=max_logits, logit_probability=logit_probability
     )
-    return Tracer(local, model.engine(local, engine), resolved, batch_size, progress)
+    return Tracer(local, model.engine(local, engine), resolved, batch_size, budget(memory, model.device), progress)
+
+
+def _run(tracer: Tracer, max_features: int | None, update_every: int, drop: float | None) -> None:
+    """All rows; where Ctrl-C stops them, those that are there are saved."""
+    try:
+        tracer.run(max_features, update_every, drop)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("" if tracer.saved is None else tracer.saved.stop(tracer.blocks)) from None
+
+
+def _identity(model: ReplacementModel, tracer: Tracer, settings: Mapping[str, Any]) -> Identity:
+    """What tells this trace's rows from another's: all that decides them, weights by what they made of the prompt."""
+    local, rule = tracer.local, tracer.local.linearisation
+    table = np.stack([column.cpu().numpy() for column in local.features[:4]])
+    named = {
+        "version": __version__,
+        "model": model.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "dictionaries": [model.coverage.name, *model.loaded_from],
+        "prompt": local.forward.tokens.tolist(),
+        "targets": [[one.label, one.position, one.token, one.feature] for one in tracer.targets],
+        **settings,
+        "mlp": rule.mlp,
+        "attention": rule.attention,
+        "ig_steps": rule.steps,
+        "features": sha256(table.tobytes()).hexdigest(),
+        "sources": tracer.n_sources,
+    }
+    directions = [one.row.double().square().sum() for one in tracer.targets if one.row is not None]
+    measured = {
+        "logits": float(local.forward.logits.double().abs().mean()),
+        "activations": float(local.features.activation.double().sum()),
+        "target directions": float(sum(directions)),
+    }
+    return Identity(named, measured)
+
+
+def _text(model: ReplacementModel, prompt: str | Int[Tensor, " pos"]) -> str:
+    return prompt if isinstance(prompt, str) else model.bridge.tokenizer.decode(model.tokenize(prompt).tolist())
+
+
+def _found(model: ReplacementModel, tracer: Tracer) -> dict[str, Any]:
+    """What the graph's header says of how its rows came to be."""
+    said = {"dtype": str(model.dtype).removeprefix("torch."), "drop": tracer.drop}
+    return said | {"dropped_share": tracer.dropped_share} | _how_linearised(tracer.local)
 
 
 def _as_asked(model: ReplacementModel, targets: Spec | Sequence[Spec] | None) -> dict[str, Any]:
@@ -133,25 +186,27 @@ def _how_linearised(local: LocalModel) -> dict[str, Any]:
     return said
 
 
-def check_settings(
-    max_features: int | None,
-    max_logits: int,
-    logit_probability: float,
-    batch_size: int,
-    update_interval: int,
-    drop: float | None,
-) -> None:
-    """Raise InputError for a setting that `attribute` cannot use."""
-    check_drop(drop)
-    for name, value in (("max_logits", max_logits), ("batch_size", batch_size), ("update_interval", update_interval)):
-        if not _is_whole(value) or value < 1:
-            raise InputError(f"attribute({name}={value!r}): must be at least 1, a whole number")
-    if max_features is not None and (not _is_whole(max_features) or max_features < 0):
-        raise InputError(f"attribute(max_features={max_features!r}): must be 0 or more; pass None for all")
-    if not isinstance(logit_probability, int | float) or not 0 < logit_probability <= 1:
-        raise InputError(
-            f"attribute(logit_probability={logit_probability}): must be in (0, 1]; for 95 percent pass 0.95"
-        )
+def check_settings(**given: Any) -> None:
+    """Raise InputError for a setting that `attribute` cannot use, whatever the prompt.
+
+    given: any of its keyword arguments by name; those that take a prompt to check are let through.
+    """
+    check_drop(given.get("drop"))
+    if given.get("memory") is not None:
+        parse(given["memory"])
+    if given.get("engine", ENGINES[0]) not in ENGINES:
+        raise InputError(f"engine {given['engine']!r}: needs one of {', '.join(ENGINES)}")
+    parts = (("mlp", "mlp"), ("attention", "attention"), ("steps", "ig_steps"))
+    Linearisation(**{name: given[argument] for name, argument in parts if argument in given})
+    for name in ("max_logits", "batch_size", "update_interval"):
+        if name in given and (not _is_whole(given[name]) or given[name] < 1):
+            raise InputError(f"attribute({name}={given[name]!r}): must be at least 1, a whole number")
+    most = given.get("max_features")
+    if most is not None and (not _is_whole(most) or most < 0):
+        raise InputError(f"attribute(max_features={most!r}): must be 0 or more; pass None for all")
+    share = given.get("logit_probability", 1)
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+        raise InputError(f"attribute(logit_probability={share}): must be in (0, 1]; for 95 percent pass 0.95")
 
 
 def _require_whole_rows(model: ReplacementModel, graph: AttributionGraph) -> None:

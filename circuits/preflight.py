@@ -14,7 +14,6 @@ import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -25,13 +24,13 @@ from scipy.optimize import nnls
 
 from circuits.assembly import assemble
 from circuits.attribution import attribute, check_settings, prepare
+from circuits.reach import Reach
 from circuits.report import report
 from circuits.tracer import Tracer, sweep_bytes
 from graphs import prune, to_neuronpedia
 from graphs.graph import AttributionGraph
 from replacement.linearised import Linearisation
 from replacement.model import ReplacementModel
-from replacement.sites import Place
 
 SAMPLES = 8  #: batches that are timed, of so many rows:
 SAMPLE_ROWS = 64
@@ -99,9 +98,8 @@ def preflight(model: ReplacementModel, prompt: str | torch.Tensor, **settings: A
     bound = inspect.signature(attribute).bind(model, prompt, **settings)
     bound.apply_defaults()
     given = bound.arguments
-    names = ("targets", "position", "max_logits", "logit_probability", "engine", "trace_bos", "batch_size")
-    checked = ("max_features", "max_logits", "logit_probability", "batch_size", "update_interval", "drop")
-    check_settings(**{name: given[name] for name in checked})
+    names = ("targets", "position", "max_logits", "logit_probability", "engine", "trace_bos", "batch_size", "memory")
+    check_settings(**given)
     with torch.no_grad():
         started = perf_counter()
         rule = Linearisation(mlp=given["mlp"], attention=given["attention"], steps=given["ig_steps"])
@@ -120,7 +118,7 @@ class _Pilot:
     def __init__(self, model: ReplacementModel, tracer: Tracer, wanted: int, update_every: int | None) -> None:
         """update_every: features between two rankings; None where all features are traced and none is ranked."""
         self.model, self.tracer, self.wanted, self.update_every = model, tracer, wanted, update_every
-        self.n_targets = len(tracer.targets)
+        self.n_targets, self.reach = len(tracer.targets), Reach(tracer.local)
         self.rank_samples: list[tuple[int, float]] = []  # entries of the rows known, seconds
         self.chosen = np.arange(wanted) if update_every is None else self._rank()
         self.batches = list(self._plan())
@@ -164,30 +162,7 @@ class _Pilot:
         prefix = int(local.features.position[int(features[-1])]) + 1
         layers = int(local.features.layer[int(features[0])]) + 1
         columns = len(local.features.layer) + (len(local.slots) + 1) * local.n_positions
-        return Batch(features, prefix, layers, int(self._sources(features).sum()), columns)
-
-    def _sources(
-        self, features: Int[np.ndarray, " n"], below: Int[np.ndarray, "depth pos"] | None = None
-    ) -> Int[np.ndarray, " n"]:
-        """How many entries each feature's row can have: what stands below it, up to its own position."""
-        depth, position = self.tracer.depth[features], self.position[features]
-        return (self.below if below is None else below)[depth, position] + (position + 1) * (depth // len(Place) + 1)
-
-    @cached_property
-    def position(self) -> Int[np.ndarray, " n_features"]:
-        """Each active feature's position."""
-        return self.tracer.local.features.position.cpu().numpy()
-
-    @cached_property
-    def below(self) -> Int[np.ndarray, "depth pos"]:
-        """How many active features stand below a depth, up to a position."""
-        return self._count(np.arange(len(self.position)))
-
-    def _count(self, features: Int[np.ndarray, " n"]) -> Int[np.ndarray, "depth pos"]:
-        tracer = self.tracer
-        count = np.zeros((int(tracer.depth.max(initial=0)) + 2, tracer.local.n_positions), dtype=np.int64)
-        np.add.at(count, (tracer.depth[features] + 1, self.position[features]), 1)
-        return count.cumsum(0).cumsum(1)
+        return Batch(features, prefix, layers, int(self.reach.sources(features).sum()), columns)
 
     def _sweeping_seconds(self) -> float:
         """Time some batches, and extrapolate to all by `Batch.cost`, every term's constant 0 or more."""
@@ -212,7 +187,7 @@ class _Pilot:
 
     def _density(self) -> float:
         """Entries of the sampled rows, as a share of those that they can have."""
-        possible = int(self._sources(self.tracer.order).sum())
+        possible = int(self.reach.sources(self.tracer.order).sum())
         sampled = _entries(self.tracer, of_targets=False)
         return sampled / possible if possible else 0.0
 
@@ -226,8 +201,8 @@ class _Pilot:
         """The share of the rows' entries that is left when features without a row are taken out."""
         if self.update_every is None or not len(self.chosen):
             return 1.0
-        kept = self._sources(self.chosen, self._count(self.chosen))
-        return float(kept.sum() / self._sources(self.chosen).sum())
+        kept = self.reach.sources(self.chosen, among=self.chosen)
+        return float(kept.sum() / self.reach.sources(self.chosen).sum())
 
     # ---- what follows the rows
 

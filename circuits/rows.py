@@ -5,6 +5,7 @@ Array work only; knows nothing of how rows are computed, nor of what their colum
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.sparse import csr_array
 
 from replacement.errors import InputError
 
-WHOLE_ENTRIES = 50_000_000  #: rows times sources up to which a graph keeps all of its edges, unless told otherwise
+WHOLE_ENTRIES = 250_000_000  #: rows times sources up to which a graph keeps all of its edges, unless told otherwise
 LARGE_DROP = 1e-3  #: share of a row that larger graphs leave out, unless told otherwise
 INDEX_BYTES = 4  #: an entry is a value and the index of its column, int32
 
@@ -31,7 +32,8 @@ class StoredRows(NamedTuple):
     """Largest share of a row's absolute sum that was left out, at most `drop`."""
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Block:
     """Rows of one depth, as they were computed."""
 
     depth: int
@@ -60,6 +62,12 @@ def store(rows: Float[np.ndarray, "n_rows n_sources"], *, drop: float) -> Stored
     They are the row's smallest, found by selection; edges as large as the smallest that stays stay too. `drop=0` keeps
     every edge that is not 0.
     """
+    if drop == 0:
+        found = rows != 0
+        columns = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)[found]
+        starts = np.concatenate([[0], np.cumsum(np.count_nonzero(found, 1))])
+        kept = csr_array((rows[found], columns, starts.astype(np.int32)), shape=rows.shape)
+        return StoredRows(kept, np.abs(rows).sum(1, dtype=np.float64), np.zeros(len(rows)), 0.0)
     indices, weights = [np.empty(0, np.int32)], [np.empty(0, rows.dtype)]
     sums, dropped, share = np.zeros(len(rows)), np.zeros(len(rows)), 0.0
     for i, row in enumerate(rows):

@@ -7,13 +7,17 @@ The engine (`replacement.contributions`) computes rows, `circuits.targets` says 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from scipy.sparse import csr_array
 
+from circuits.memory import Budget, in_words
+from circuits.reach import Reach
 from circuits.rows import Block, chosen_drop, store
+from circuits.saved_rows import Identity, SavedRows
 from circuits.selection import partial_influence, strongest
 from circuits.targets import Target, depth, reads
 from replacement.contributions import Contributions, Engine, total_rows
@@ -21,7 +25,8 @@ from replacement.errors import InputError
 from replacement.features import Targets
 from replacement.local import LocalModel
 
-SWEEP_BYTES = 256 * 2**20  #: what one sweep's working arrays may take
+FASTEST = 128  #: targets of one sweep: its products are large by then, and larger ones miss the caches
+SURE = 0.1  #: share of the rows' possible entries from which on it is said whether the rest fits
 
 Progress = Callable[[int, int], None]
 
@@ -30,16 +35,23 @@ class Tracer:
     """Computes rows, targets first, and keeps them sparse; columns are features, errors, embeddings in that order."""
 
     def __init__(
-        self, local: LocalModel, engine: Engine, targets: list[Target], batch_size: int, progress: Progress | None
+        self,
+        local: LocalModel,
+        engine: Engine,
+        targets: list[Target],
+        batch_size: int,
+        budget: Budget,
+        progress: Progress | None,
     ) -> None:
-        self.local, self.engine, self.targets, self.progress = local, engine, targets, progress
+        self.local, self.engine, self.targets, self.budget, self.progress = local, engine, targets, budget, progress
         self.depths = np.array([depth(local, target) for target in targets])
         self.depth = local.features.depth.cpu().numpy()
         self.reachable = int((self.depth < self.depths.max()).sum())  # features are sorted by depth
         self.n_sources = len(self.depth) + (len(local.slots) + 1) * local.n_positions
-        self.batch_size = min(batch_size, _sweep_batch(local))
+        self.batch_size = min(batch_size, _sweep_batch(local, budget))
         self.blocks: list[Block] = []
         self.drop = 0.0
+        self.saved: SavedRows | None = None
 
     @property
     def order(self) -> Int[np.ndarray, " n"]:
@@ -55,17 +67,23 @@ class Tracer:
         """The bound on what rows drop, the default one where None is asked for."""
         return chosen_drop(drop, n_rows=len(self.targets) + wanted, n_sources=self.n_sources)
 
+    def save_in(self, saved: SavedRows, identity: Identity) -> None:
+        """Keep rows on disk too, and go on from those that are there."""
+        self.batch_size, self.saved = saved.begin(identity, self.batch_size), saved
+
     def run(self, max_features: int | None, update_every: int, drop: float | None) -> None:
-        """Rows of all targets, then of features until there are `max_features`."""
+        """Rows of all targets, then of features until there are `max_features`; InputError where they do not fit."""
         wanted = self.wanted(max_features)
         self.drop = self.chosen_drop(drop, wanted)
         self.trace_targets()
-        done = 0
+        done, fit = 0, _Fit(Reach(self.local), self.budget, wanted)
         while done < wanted:
             room = min(update_every, wanted - done)
-            chosen = np.arange(self.reachable) if wanted == self.reachable else self.rank(room)
-            for batch in self.batches(np.sort(chosen)):
+            chosen = np.sort(np.arange(self.reachable) if wanted == self.reachable else self.rank(room))
+            fit.plan(chosen)
+            for batch in self.batches(chosen):
                 self.trace(batch)
+                fit.check(self.blocks[-1])
                 done += len(batch)
                 if self.progress is not None:
                     self.progress(done, wanted)
@@ -77,7 +95,8 @@ class Tracer:
     def trace(self, features: Int[np.ndarray, " batch"]) -> None:
         """Rows of features of one depth."""
         index = torch.from_numpy(features).to(self.local.forward.tokens)
-        self._add(int(self.depth[features[0]]), features, self.local.feature_targets(index), of_targets=False)
+        asked = partial(self.local.feature_targets, index)
+        self._add(int(self.depth[features[0]]), features, asked, of_targets=False)
 
     def trace_targets(self) -> None:
         """Rows of all targets."""
@@ -85,7 +104,8 @@ class Tracer:
             index = np.flatnonzero(self.depths == at)
             for start in range(0, len(index), self.batch_size):
                 part = index[start : start + self.batch_size]
-                self._add(at, part, reads(self.local, [self.targets[i] for i in part]), of_targets=True)
+                asked = partial(reads, self.local, [self.targets[i] for i in part])
+                self._add(at, part, asked, of_targets=True)
 
     def rank(self, count: int) -> Int[np.ndarray, " n"]:
         """`count` features without a row, most influential first, by the rows known so far."""
@@ -101,9 +121,17 @@ class Tracer:
             for start in range(0, len(alike), self.batch_size):
                 yield alike[start : start + self.batch_size]
 
-    def _add(self, at: int, index: Int[np.ndarray, " n"], asked: Sequence[Targets], *, of_targets: bool) -> None:
-        """Compute rows of one depth and keep them."""
-        self.blocks.append(self._kept(at, index, total_rows(self.engine, asked), of_targets=of_targets))
+    def _add(
+        self, at: int, index: Int[np.ndarray, " n"], asked: Callable[[], Sequence[Targets]], *, of_targets: bool
+    ) -> None:
+        """Rows of one depth, those of an earlier run where it left them."""
+        block = None if self.saved is None else self.saved.next(at, index, of_targets=of_targets)
+        if block is not None:
+            self.blocks.append(block)
+            return
+        self.blocks.append(self._kept(at, index, total_rows(self.engine, asked()), of_targets=of_targets))
+        if self.saved is not None:
+            self.saved.keep(self.blocks)
 
     def _kept(self, at: int, index: Int[np.ndarray, " n"], result: Contributions, *, of_targets: bool) -> Block:
         below = int(np.searchsorted(self.depth, at))  # only these features can be sources: the rest are zeros
@@ -119,17 +147,52 @@ class Tracer:
         return Block(at, of_targets, index, rows, sums, np.column_stack([constants, dropped]), share)
 
 
-def _sweep_batch(local: LocalModel) -> int:
-    """How many targets one sweep can carry within SWEEP_BYTES."""
-    return max(1, SWEEP_BYTES // sweep_bytes(local))
+class _Fit:
+    """Whether all rows will fit in memory, told from those that are there."""
+
+    def __init__(self, reach: Reach, budget: Budget, wanted: int) -> None:
+        self.reach, self.budget, self.wanted = reach, budget, wanted
+        self.planned = self.possible = 0  # features chosen so far, and the entries that their rows can have
+        self.done = self.taken = 0  # of which so many are there, and take so many bytes
+
+    def plan(self, features: Int[np.ndarray, " n"]) -> None:
+        """Say which features come next."""
+        self.planned += len(features)
+        self.possible += int(self.reach.sources(features).sum())
+
+    def check(self, block: Block) -> None:
+        """Take note of rows; raises InputError where the rest, as full as these, will not fit."""
+        self.done += int(self.reach.sources(block.index).sum())
+        self.taken += block.nbytes
+        possible = self.possible * self.wanted / self.planned
+        expected = max(self.taken * possible / max(1, self.done), self.taken)
+        if expected > self.budget.rows and (self.done > SURE * possible or self.taken > self.budget.rows):
+            raise InputError(
+                f"attribute(memory={in_words(self.budget.total)!r}): {self.wanted:,} rows take about "
+                f"{in_words(expected)}, and {in_words(self.budget.rows)} of it are for rows; pass a larger drop "
+                "(--drop), a smaller max_features (--max-features) or more memory (--memory)"
+            )
+
+
+def _sweep_batch(local: LocalModel, budget: Budget) -> int:
+    """How many targets one sweep can carry; raises InputError where there is no memory for one."""
+    one = sweep_bytes(local)
+    if one > budget.total:
+        raise InputError(
+            f"attribute(memory={in_words(budget.total)!r}): one row's sweep takes {in_words(one)}; pass more memory "
+            "(--memory), or a shorter prompt"
+        )
+    return max(1, min(FASTEST, budget.sweep // one))
 
 
 def sweep_bytes(local: LocalModel) -> int:
     """What one target takes of a sweep's working arrays."""
-    block = local.path.weights.blocks[0]
-    heads = block.W_O.shape[0] * block.W_O.shape[1]
+    block, width = local.path.weights.blocks[0], local.forward.embedding.shape[1]
+    heads, d_head, _ = block.W_O.shape
     hidden = max((mlp.c_in.shape[1] for mlp in local.path.mlps.values()), default=0)
-    patterns = block.W_O.shape[0] * local.n_positions if local.path.attentions is not None else 0
-    width = local.n_positions * (4 * local.forward.embedding.shape[1] + 3 * (heads + hidden + patterns))
+    patterns = heads * local.n_positions if local.path.attentions is not None else 0
+    a_position = width + (heads + len(block.W_V)) * d_head  # the stream, and what heads take and give
+    a_position += 2 * width + 2 * hidden if hidden or local.path.skips else 0
     sources = len(local.features.layer) + (len(local.slots) + 1) * local.n_positions
-    return (width + 2 * sources) * local.forward.embedding.element_size()
+    numbers = local.n_positions * (a_position + 3 * patterns) + heads * width + 3 * sources
+    return numbers * local.forward.embedding.element_size()

@@ -178,6 +178,11 @@ MISTAKES = {
     "nothing in it": (["trace", "--prompts", "/dev/null", *TRACE[3:]], "holds no prompt; put one on a line"),
     "prompt and prompts": (["trace", "w3", *TRACE[1:]], "not allowed with argument"),
     "dry run of many": ([*TRACE, "--dry-run"], "needs one PROMPT, not --prompts"),
+    "a number that no prompt can take": ([*TRACE, "--max-features", "-1"], "max_features=-1): must be 0 or more"),
+    "an unknown rule": ([*TRACE, "--mlp", "magic"], "mlp='magic': needs one of relp"),
+    "an unknown engine": ([*TRACE, "--engine", "steam"], "engine 'steam': needs one of linear"),
+    "a share in percent": ([*TRACE, "--drop", "5"], "drop=5.0): must be in [0, 1)"),
+    "no amount of memory": ([*TRACE, "--memory", "lots"], "memory='lots'): needs a number of bytes"),
     "no such model": ([*TRACE[:3], "--model", "./nowhere", "-o", "out"], "no such directory"),
     "output is a file": ([*TRACE, "-o", "list.txt"], "is a file, needs a folder"),
 }

@@ -38,6 +38,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add(model, LOAD, "--dtype", "float32, float64, bfloat16 or float16")
     add(model, LOAD, "--device", "a torch device such as cpu or cuda")
+    _configure_tracing(parser)
+    add_thresholds(parser)
+    _configure_output(parser)
+
+
+def _configure_tracing(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what to trace")
     what.add_argument(
         "--target",
@@ -69,12 +75,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add(what, ATTRIBUTE, "--trace-bos", "trace the first position like any other", action="store_true")
     add(what, ATTRIBUTE, "--engine", "linear (fast) or autograd (the reference)")
+    add(
+        what,
+        ATTRIBUTE,
+        "--memory",
+        "what the trace may take beside the model, such as 8GB (default: half of what is free)",
+        metavar="BYTES",
+    )
     rest = parser.add_argument_group("what no dictionary replaces")
     add(rest, ATTRIBUTE, "--mlp", "linearise MLPs by relp, jacobian, ig or stop", metavar="RULE")
     add(rest, ATTRIBUTE, "--attention", "frozen (values move by the pattern) or gradient (queries and keys too)")
     add(rest, ATTRIBUTE, "--ig-steps", "points of integrated gradients", type=int, metavar="N")
-    add_thresholds(parser)
-    _configure_output(parser)
 
 
 def _configure_output(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +97,9 @@ def _configure_output(parser: argparse.ArgumentParser) -> None:
         "--format",
         metavar="LIST",
         help="svg, png, json, dot, graphml, native; several with commas (default: svg,json,dot,native)",
+    )
+    out.add_argument(
+        "--resume", action="store_true", help="go on from the rows that a stopped trace has left in the output folder"
     )
     out.add_argument(
         "--dry-run", action="store_true", help="print what to expect, and trace nothing: features, rows, time, memory"
@@ -103,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     name = outputs.slug(arguments.prompt if arguments.prompts is None else Path(arguments.prompts).stem)
     folder = arguments.output or outputs.ROOT / name
     outputs.check_folder(folder)
-    tracing.check_thresholds(arguments)
+    tracing.check_settings(arguments)
     if arguments.prompts is not None:
         from circuits.commands import trace_prompts
 

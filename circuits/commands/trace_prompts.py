@@ -43,10 +43,10 @@ def run(arguments: argparse.Namespace, folder: Path, formats: Sequence[str]) -> 
                 share=share,
             ):
                 outcomes.append(outcome)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             done = sum(outcome.error is None for outcome in outcomes)
             said = f"{done} prompts are done, in {folder}; the same command goes on from there"
-            raise KeyboardInterrupt(said) from None
+            raise KeyboardInterrupt("; of the next one ".join(part for part in (said, str(stop)) if part)) from None
     if share.join():
         if share.rank:
             return 0
@@ -100,7 +100,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """All that decides what a folder holds, but for the prompt and its own targets."""
     names = ("model", "dictionaries", "dtype", "target")
     given = {name: getattr(arguments, name) for name in names}
-    return {"version": __version__, **given, **tracing.settings(arguments), **thresholds(arguments)}
+    decides = {name: value for name, value in tracing.settings(arguments).items() if name != "memory"}
+    return {"version": __version__, **given, **decides, **thresholds(arguments)}
 
 
 def _report(outcomes: Sequence[Outcome], arguments: argparse.Namespace, folder: Path, seconds: float) -> int:

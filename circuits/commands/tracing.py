@@ -18,13 +18,15 @@ from circuits.commands.options import thresholds
 if TYPE_CHECKING:
     from circuits.display import Stages
     from circuits.report import Prediction, Report
+    from circuits.saved_rows import SavedRows
     from replacement import ReplacementModel
 
 N_PREDICTIONS = 5
+ROWS = "rows"  #: folder in the output folder where rows are kept while a long trace goes on
 LOADING = ("dictionaries", "dtype", "device")
 TRACING = (
     *("position", "max_logits", "logit_probability", "max_features", "trace_bos"),
-    *("engine", "mlp", "attention", "ig_steps", "drop"),
+    *("engine", "mlp", "attention", "ig_steps", "drop", "memory"),
 )
 
 
@@ -86,26 +88,40 @@ def trace(
     """Trace a prompt and write its files into a folder, all of them or none; raises InputError as `attribute` does."""
     from circuits import attribute, outputs
     from circuits.report import report
+    from circuits.saved_rows import SavedRows
     from graphs import prune
 
+    saved = SavedRows(folder / ROWS, resume=arguments.resume)
     progress.begin("tracing")
     with clock.time("tracing"):
         predictions = _predictions(model, prompt, arguments.position)
         advance: Callable[[int, int], None] = progress.advance
-        graph = attribute(model, prompt, targets=targets, progress=advance, **settings(arguments))
+        graph = attribute(model, prompt, targets=targets, saved=saved, progress=advance, **settings(arguments))
     progress.begin("pruning")
-    with clock.time("pruning and writing"):
+    with clock.time("pruning and writing"), _told(saved):
         pruned = prune(graph, **thresholds(arguments))
         facts = report(graph, pruned, predictions=predictions)
         files = outputs.names(folder, formats)
         outputs.write(graph, pruned, files)
+        saved.remove()
     return Traced(facts, dict(graph.settings), files)
 
 
-def check_thresholds(arguments: argparse.Namespace) -> None:
-    """Refuse a wrong threshold before the long work, not after it."""
+@contextmanager
+def _told(saved: SavedRows) -> Iterator[None]:
+    """Where Ctrl-C comes after the rows, say that they are still there."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or saved.left()) from None
+
+
+def check_settings(arguments: argparse.Namespace) -> None:
+    """Refuse what is wrong whatever the prompt, before the model is loaded; raises InputError."""
+    from circuits.attribution import check_settings as check
     from graphs.pruning import check_threshold
 
+    check(**settings(arguments))
     for name, value in thresholds(arguments).items():
         check_threshold(name, value)
 

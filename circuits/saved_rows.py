@@ -1,0 +1,175 @@
+"""Rows of a trace that goes on, on disk, so that a stopped trace need not begin anew.
+
+A folder of numbered safetensors files, each with the rows since the last one, each whole or not there; their headers
+say which trace they belong to. Knows blocks of rows and files; nothing of how rows are computed, or in which order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from scipy.sparse import csr_array
+
+from circuits.rows import Block
+from graphs.files import whole_file
+from replacement.errors import InputError
+
+FORMAT = "rows 1"
+EVERY = 30.0  #: seconds between two files
+PATIENCE = 20  #: but at least so many times as long as the last one took to write
+WORTH = 1.0  #: seconds of work that are kept when the trace is interrupted
+ALIKE = 1e-3  #: relative difference of the numbers that tell traces apart: another number of threads rounds otherwise
+
+
+class Identity(NamedTuple):
+    """What tells one trace from another; the first thing that differs is named when rows are refused."""
+
+    named: Mapping[str, Any]
+    """JSON values that have to be equal, `sources`, the number of columns, among them."""
+    measured: Mapping[str, float]
+    """Numbers that have to be equal but for rounding."""
+
+
+class SavedRows:
+    """Where a trace keeps its rows until its graph is made."""
+
+    def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
+        """folder: is made when the first rows are written. resume: go on from the rows that are there."""
+        self.folder, self.resume = Path(folder), resume
+        self.identity = Identity({}, {})
+        self.waiting: deque[Block] = deque()  # what an earlier run left, in its order
+        self._files = self._kept = self._rows = self._batch_size = (
+            0  # files written, blocks and rows in them, rows to a sweep
+        )
+        self._written, self._pause = monotonic(), EVERY
+
+    def begin(self, identity: Identity, batch_size: int) -> int:
+        """Say what trace this is, and how many rows its sweeps have; returns how many they are to have.
+
+        Reads the rows of an earlier run where it is to go on; it goes on in batches of the same size. Raises InputError
+        where they belong to another trace.
+        """
+        self.identity, self._batch_size = Identity(*json.loads(json.dumps(identity))), batch_size
+        paths = self._paths() if self.resume else []
+        for path in paths:
+            self.waiting += self._read(path)
+        self._files, self._kept, self._written = len(paths), len(self.waiting), monotonic()
+        self._rows = sum(len(block.index) for block in self.waiting)
+        return self._batch_size
+
+    def next(self, depth: int, index: Int[np.ndarray, " n"], *, of_targets: bool) -> Block | None:
+        """The earlier run's rows of these targets or features; None where it did not come so far."""
+        if not self.waiting:
+            return None
+        block = self.waiting.popleft()
+        if (block.depth, block.of_targets) != (depth, of_targets) or not np.array_equal(block.index, index):
+            self._refuse(self.folder, "were computed in another order, as on another machine")
+        return block
+
+    def keep(self, blocks: Sequence[Block]) -> None:
+        """Write the blocks that are not on disk yet, where the last time is long enough ago."""
+        if monotonic() - self._written >= self._pause:
+            self._write(blocks)
+
+    def stop(self, blocks: Sequence[Block]) -> str:
+        """Write what an interrupted trace has, and say how it goes on; "" where there is nothing to go on from."""
+        if self._kept < len(blocks) and monotonic() - self._written >= WORTH:
+            self._write(blocks)
+        return self.left()
+
+    def left(self) -> str:
+        """What is on disk, and how to go on from it; "" where nothing is."""
+        if not self._kept:
+            return ""
+        return f"{self._rows:,} rows are kept in {self.folder}; the same command with --resume goes on from there"
+
+    def remove(self) -> None:
+        """Take away the rows, and their folder where nothing else is in it."""
+        for path in self._paths():
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    # ---- files
+
+    def _paths(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("[0-9]*.safetensors") if path.stem.isdecimal())
+
+    def _write(self, blocks: Sequence[Block]) -> None:
+        started = monotonic()
+        if not self._files:
+            self.remove()
+        new = blocks[self._kept :]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        head = [(block.depth, block.of_targets, len(block.index), block.rows.nnz, block.share) for block in new]
+        header = {"format": FORMAT, "first": self._kept, "identity": self.identity, "blocks": head}
+        header["batch_size"] = self._batch_size
+        columns = {
+            "index": [block.index for block in new],
+            "starts": [block.rows.indptr for block in new],
+            "weights": [block.rows.data for block in new],
+            "sources": [block.rows.indices for block in new],
+            "sums": [block.sums for block in new],
+            "constants": [block.constants for block in new],
+        }
+        with whole_file(self.folder / f"{self._files:05}.safetensors", call="trace") as draft:
+            tensors = {name: np.concatenate(parts) for name, parts in columns.items()}
+            save_file(tensors, draft, metadata={"rows": json.dumps(header)})
+        self._files, self._kept = self._files + 1, self._kept + len(new)
+        self._rows += sum(len(block.index) for block in new)
+        self._written = monotonic()
+        self._pause = max(EVERY, PATIENCE * (self._written - started))
+
+    def _read(self, path: Path) -> list[Block]:
+        try:
+            with safe_open(str(path), framework="np") as stored:
+                header = json.loads((stored.metadata() or {})["rows"])
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            blocks = _blocks(header["blocks"], tensors, int(header["identity"][0]["sources"]))
+            whole = header["format"] == FORMAT and header["first"] == len(self.waiting)
+            self._batch_size = int(header["batch_size"])
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as problem:
+            self._refuse(path, f"can't be read ({str(problem).splitlines()[0]})")
+        if not whole:
+            self._refuse(path, "are of another version, or some before them are missing")
+        self._check(path, Identity(*header["identity"]))
+        return blocks
+
+    def _check(self, path: Path, found: Identity) -> None:
+        for name in {**self.identity.named, **found.named}:
+            ours, theirs = self.identity.named.get(name), found.named.get(name)
+            if ours != theirs:
+                short = all(len(str(one)) <= 30 and not isinstance(one, list) for one in (ours, theirs))
+                said = f"{name} {theirs!r}, not {ours!r}" if short else f"another {name}"
+                self._refuse(path, f"are of another trace ({said})")
+        for name, number in self.identity.measured.items():
+            if not math.isclose(number, found.measured.get(name, math.nan), rel_tol=ALIKE):
+                self._refuse(path, f"are of another trace (other {name}: the weights have changed)")
+
+    def _refuse(self, path: Path, what: str) -> NoReturn:
+        raise InputError(f"--resume: the rows in {str(path)!r} {what}; leave --resume out to trace anew")
+
+
+def _blocks(head: Sequence[Any], tensors: Mapping[str, np.ndarray], n_sources: int) -> list[Block]:
+    blocks = []
+    row = entry = 0
+    for number, (depth, of_targets, n_rows, n_entries, share) in enumerate(head):
+        rows, entries = slice(row, row + n_rows), slice(entry, entry + n_entries)
+        starts = tensors["starts"][row + number : row + number + n_rows + 1]
+        parts = (tensors["weights"][entries], tensors["sources"][entries], starts)
+        kept = csr_array(parts, shape=(n_rows, n_sources))
+        kept.check_format(full_check=True)
+        sums, constants = tensors["sums"][rows], tensors["constants"][rows]
+        blocks.append(Block(depth, of_targets, tensors["index"][rows], kept, sums, constants, share))
+        row, entry = row + n_rows, entry + n_entries
+    return blocks

@@ -1,0 +1,224 @@
+"""A stopped trace goes on to the very same graph, from rows that are whole and its own, or says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from circuits import attribute, cli, saved_rows
+from circuits.saved_rows import SavedRows
+from graphs import AttributionGraph
+from replacement import InputError, formats
+from replacement.contributions import LinearEngine
+from tests.tiny import PROMPT, random_set
+
+SMALL = {"batch_size": 3, "update_interval": 2}
+
+
+class Sizes:
+    """What `random_set` asks of a model's configuration."""
+
+    n_layers, d_model = 3, 24
+
+
+class Killed(BaseException):
+    """Stands for a signal that nobody catches."""
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of short traces are kept too."""
+    monkeypatch.setattr(saved_rows, "WORTH", 0.0)
+
+
+def stop_after(rows: int, stop: type[BaseException]):
+    """A progress callback that stops the trace once so many rows are done."""
+
+    def progress(done: int, wanted: int) -> None:
+        if done >= rows:
+            raise stop
+
+    return progress
+
+
+def assert_equal(a: AttributionGraph, b: AttributionGraph) -> None:
+    """Bit for bit, everything."""
+    for name in ("data", "indices", "indptr"):
+        assert (getattr(a.adjacency, name) == getattr(b.adjacency, name)).all()
+    for name in ("bias", "bos", "untraced", "pre_activation"):
+        assert (getattr(a, name) == getattr(b, name)).all()
+    assert (a.dropped is None and b.dropped is None) or (a.dropped == b.dropped).all()
+    assert a.settings == b.settings and a.residual == b.residual
+    for column in dataclasses.fields(a.nodes):
+        assert np.array_equal(getattr(a.nodes, column.name), getattr(b.nodes, column.name))
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, Killed])
+@pytest.mark.parametrize("rows", [1, 20, 41])
+@pytest.mark.parametrize(
+    "asked",
+    [{"max_features": None}, {"max_features": 41}, {"max_features": 41, "drop": 0.01, "targets": ["w5", "w6 - w7"]}],
+)
+def test_a_stopped_trace_goes_on_to_the_same_graph(stop, rows, asked, tiny_model, tmp_path, monkeypatch):
+    """By Ctrl-C all rows are kept; killed, those up to the last file, one a batch here."""
+    if stop is Killed:
+        monkeypatch.setattr(saved_rows, "EVERY", 0.0)
+        monkeypatch.setattr(saved_rows, "PATIENCE", 0)
+    model, asked = tiny_model("llama", "transcoder", "relu", "float32"), {**SMALL, **asked}
+    whole = attribute(model, PROMPT, **asked)
+    with pytest.raises(stop) as said:
+        attribute(model, PROMPT, saved=SavedRows(tmp_path / "rows"), progress=stop_after(rows, stop), **asked)
+    if stop is KeyboardInterrupt:
+        assert "rows are kept in" in str(said.value) and "--resume goes on from there" in str(said.value)
+    computed = []
+    compute = LinearEngine.rows
+    monkeypatch.setattr(LinearEngine, "rows", lambda self, t: computed.append(len(t.rows)) or compute(self, t))
+    saved = SavedRows(tmp_path / "rows", resume=True)
+    assert_equal(attribute(model, PROMPT, saved=saved, **asked), whole)
+    n_rows = int(whole.nodes.has_inputs.sum())
+    assert sum(computed) <= n_rows - rows
+    saved.remove()
+    assert not (tmp_path / "rows").exists()
+
+
+def test_what_went_on_can_be_stopped_again(tiny_model, tmp_path):
+    model = tiny_model()
+    whole = attribute(model, PROMPT, **SMALL)
+    for rows in (5, 30, 31, 60):
+        with pytest.raises(KeyboardInterrupt):
+            saved = SavedRows(tmp_path, resume=True)
+            attribute(model, PROMPT, saved=saved, progress=stop_after(rows, KeyboardInterrupt), **SMALL)
+    assert len(list(tmp_path.iterdir())) == 4
+    assert_equal(attribute(model, PROMPT, saved=SavedRows(tmp_path, resume=True), **SMALL), whole)
+
+
+def test_short_traces_write_nothing(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.undo()  # the real patience
+    model, saved = tiny_model(), SavedRows(tmp_path / "rows")
+    attribute(model, PROMPT, saved=saved)
+    with pytest.raises(KeyboardInterrupt) as said:
+        attribute(model, PROMPT, saved=saved, progress=stop_after(3, KeyboardInterrupt), **SMALL)
+    assert str(said.value) == "" and not (tmp_path / "rows").exists()
+
+
+def test_without_resume_a_trace_begins_anew(tiny_model, tmp_path):
+    model = tiny_model()
+    for prompt, rows in ((PROMPT, 40), ("w3 w4 w9 w9", 5)):
+        with pytest.raises(KeyboardInterrupt):
+            attribute(model, prompt, saved=SavedRows(tmp_path), progress=stop_after(rows, KeyboardInterrupt), **SMALL)
+    assert len(list(tmp_path.iterdir())) == 1
+    again = attribute(model, "w3 w4 w9 w9", saved=SavedRows(tmp_path, resume=True), **SMALL)
+    assert_equal(again, attribute(model, "w3 w4 w9 w9", **SMALL))
+
+
+OTHERS = {
+    "prompt": {"prompt": "w3 w14 w15 w9 w26 w5 w36"},
+    "targets": {"targets": "w7"},
+    "drop": {"drop": 0.01},
+    "max_features": {"max_features": 50},
+    "update_every": {"update_interval": 3},
+    "engine": {"engine": "autograd"},
+    "trace_bos": {"trace_bos": True},
+    "mlp": {"mlp": "jacobian"},
+    "dictionaries": {"kind": "skip_transcoder"},
+    "dtype": {"dtype": "float32"},
+    "model": {"family": "qwen3"},
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_rows_of_another_trace_are_refused_and_kept(what, tiny_model, tmp_path):
+    """What differs is named, on one line."""
+    made = {"family": "llama", "kind": "transcoder", "activation": "relu", "dtype": "float64"}
+    with pytest.raises(KeyboardInterrupt):
+        saved = SavedRows(tmp_path)
+        attribute(tiny_model(**made), PROMPT, saved=saved, progress=stop_after(9, KeyboardInterrupt), **SMALL)
+    asked = {**SMALL, **OTHERS[what]}
+    model = tiny_model(**{name: asked.pop(name, value) for name, value in made.items()})
+    with pytest.raises(
+        InputError, match=rf"--resume: the rows in .* are of another trace \(.*{what}.*\); leave"
+    ) as said:
+        attribute(model, asked.pop("prompt", PROMPT), saved=SavedRows(tmp_path, resume=True), **asked)
+    assert "\n" not in str(said.value)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "missing"])
+def test_damaged_rows_are_refused(damage, tiny_model, tmp_path):
+    model = tiny_model()
+    for rows in (5, 30):
+        with pytest.raises(KeyboardInterrupt):
+            saved = SavedRows(tmp_path, resume=True)
+            attribute(model, PROMPT, saved=saved, progress=stop_after(rows, KeyboardInterrupt), **SMALL)
+    first = min(tmp_path.iterdir())
+    if damage == "missing":
+        first.unlink()
+    else:
+        first.write_bytes(first.read_bytes()[:-100] if damage == "cut" else b"\x02" + bytes(7) + b"{}")
+    with pytest.raises(InputError, match=r"--resume: the rows in .*; leave --resume out to trace anew"):
+        attribute(model, PROMPT, saved=SavedRows(tmp_path, resume=True), **SMALL)
+
+
+# ---- the command
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_folder, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a tiny model and its dictionaries."""
+    shutil.copytree(tiny_folder("llama"), tmp_path / "model")
+    (tmp_path / "dicts").mkdir()
+    formats.save(random_set("llama", "transcoder", "relu", Sizes), tmp_path / "dicts", dtype="float32")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+MODEL = ["--model", "model", "--dictionaries", "dicts", "--format", "native"]
+
+
+def _interrupt_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a sweep."""
+    compute, made = LinearEngine.rows, []
+
+    def rows(self: LinearEngine, targets: object) -> object:
+        if len(made) == calls:
+            raise KeyboardInterrupt
+        made.append(targets)
+        return compute(self, targets)
+
+    monkeypatch.setattr(LinearEngine, "rows", rows)
+
+
+def test_ctrl_c_says_how_to_go_on_and_resume_does(place: Path, capsys, monkeypatch):
+    command = ["trace", PROMPT, *MODEL]
+    assert cli.main([*command, "-o", "whole"]) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        _interrupt_after(2, patch)
+        assert cli.main([*command, "-o", "out"]) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("circuits: interrupted; ") and error.count("\n") == 1
+    assert error.endswith(" rows are kept in out/rows; the same command with --resume goes on from there\n")
+    assert {path.name for path in (place / "out").iterdir()} == {"rows"}
+    assert cli.main(["trace", "w3 w4", *MODEL, "-o", "out", "--resume"]) == 2
+    assert "are of another trace (another prompt)" in capsys.readouterr().err
+    assert cli.main([*command, "-o", "out", "--resume", "--memory", "1GB"]) == 0
+    assert {path.name for path in (place / "out").iterdir()} == {"graph.safetensors"}
+    stored = [(place / folder / "graph.safetensors").read_bytes() for folder in ("out", "whole")]
+    assert stored[0] == stored[1]
+
+
+def test_of_many_prompts_the_stopped_one_goes_on_too(place: Path, capsys, monkeypatch):
+    (place / "list.txt").write_text("w3 w14 w15\nw9 w26 w5\n")
+    command = ["trace", "--prompts", "list.txt", *MODEL, "-o", "out"]
+    with monkeypatch.context() as patch:
+        _interrupt_after(6, patch)
+        assert cli.main(command) == 130
+    error = capsys.readouterr().err
+    assert error.startswith("circuits: interrupted; 1 prompts are done, in out; the same command goes on from there; ")
+    assert "of the next one " in error and "are kept in out/0002-w9-w26-w5/rows" in error and error.count("\n") == 1
+    assert cli.main([*command, "--resume"]) == 0
+    assert not list((place / "out").rglob("rows"))
