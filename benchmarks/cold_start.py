@@ -2,7 +2,8 @@
 
     python benchmarks/cold_start.py [--runs 5]
 
-Prints medians of alternating runs in fresh interpreters, and each as a multiple of `import transformer_lens`.
+Prints medians of alternating runs in fresh interpreters, and each as a multiple of `import transformer_lens`. Past
+imports: the second trace of one interpreter, model and dictionaries loaded anew; the first one imports what it needs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,17 @@ from time import perf_counter
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "the capital of the state containing Dallas is"
 CIRCUITS = [sys.executable, "-m", "circuits"]
+PAST_IMPORTS = "circuits trace (atlas), past imports"
+TWICE = """
+import shutil, sys, time
+from circuits.cli import main
+for _ in range(2):
+    shutil.rmtree(sys.argv[2])
+    started = time.perf_counter()
+    if code := main(["trace", sys.argv[1], "-o", sys.argv[2]]):
+        raise SystemExit(code)
+print(time.perf_counter() - started, file=sys.stderr)
+"""
 
 
 def main() -> None:
@@ -33,6 +45,7 @@ def main() -> None:
         "python -c 'import torch'": [sys.executable, "-c", "import torch"],
         "circuits --help": [*CIRCUITS, "--help"],
         "circuits trace (atlas)": [*CIRCUITS, "trace", PROMPT, "-o", str(out)],
+        PAST_IMPORTS: [sys.executable, "-c", TWICE, PROMPT, str(out)],
         "circuits show (stored graph)": [*CIRCUITS, "show", stored],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
@@ -44,6 +57,8 @@ def main() -> None:
                 seconds[name].append(perf_counter() - started)
                 if done.returncode:
                     raise SystemExit(f"{name}: {done.stderr}")
+                if name == PAST_IMPORTS:
+                    seconds[name][-1] = float(done.stderr.splitlines()[-1])
     finally:
         shutil.rmtree(out)
     base = statistics.median(next(iter(seconds.values())))
