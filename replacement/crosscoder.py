@@ -81,11 +81,13 @@ class Crosscoder(LinearEncoder):
         raise InputError(f"crosscoder: has no part at layer {layer} of model {model!r}; parts: {', '.join(self.parts)}")
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
-        return self.W_dec[features, self.part(layer)]
+        return self.W_dec[features, self.part(layer)].to(self.b_dec.dtype)
 
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
-        return activations @ self.W_dec[:, self.part(layer)]
+        return activations @ self.W_dec[:, self.part(layer)].to(activations.dtype)
 
     def forward(self, x: Float[Tensor, "... n_parts*d_out"]) -> Float[Tensor, "... n_parts d_out"]:
         """The reconstruction of every part, from all parts side by side."""
-        return (self.encode(x) @ self.W_dec.flatten(1)).unflatten(-1, (len(self.parts), self.d_out)) + self.b_dec
+        return (self.encode(x) @ self.W_dec.flatten(1).to(x.dtype)).unflatten(
+            -1, (len(self.parts), self.d_out)
+        ) + self.b_dec

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -61,6 +62,17 @@ class Dictionary(nn.Module, abc.ABC):
     @abc.abstractmethod
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
         """What all features together write at `layer`: `sum_i a_i write_rows(i, layer)`, without `b_dec` and skip."""
+
+    def compute_in(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Freeze, and move to where and in what precision is computed.
+
+        On a CPU the decoder stays as it was stored, mapped from its file where that is so: a trace gathers few of its
+        rows, and all of it may be more than there is memory. Rows are converted as they are gathered.
+        """
+        decoder = self._parameters.pop("W_dec", None) if device.type == "cpu" else None
+        self.requires_grad_(False).to(device=device, dtype=dtype)
+        if decoder is not None:
+            self._parameters["W_dec"] = decoder.requires_grad_(False)
 
     def skip(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"] | float:
         """`W_skip x`, zero for kinds without a skip connection."""

@@ -54,7 +54,7 @@ class ReplacementModel:
         self.weights = sites.read_weights(bridge, self.compute_dtype)
         for dictionary in self.coverage:
             self._check(dictionary)
-            dictionary.requires_grad_(False).to(device=self.device, dtype=self.compute_dtype)
+            dictionary.compute_in(self.device, self.compute_dtype)
 
     @property
     def dictionaries(self) -> DictionarySet:

@@ -66,11 +66,11 @@ class Transcoder(LinearEncoder):
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
         assert layer == self.layer
-        return self.W_dec[features]
+        return self.W_dec[features].to(self.b_dec.dtype)
 
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
         assert layer == self.layer
-        return activations @ self.W_dec
+        return activations @ self.W_dec.to(activations.dtype)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """The approximation of what stands at the written site, at input x."""

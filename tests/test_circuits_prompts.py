@@ -157,7 +157,7 @@ def test_ctrl_c_of_a_real_process_is_one_line_and_leaves_no_drafts(place: Path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "circuits", *TRACE], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
-        text=True,
+        text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     )  # fmt: skip
     listing = place / "out/prompts.jsonl"
     while process.poll() is None and not (listing.is_file() and listing.stat().st_size):

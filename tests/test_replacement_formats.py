@@ -8,15 +8,17 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from replacement import formats
+from circuits import attribute
+from replacement import ReplacementModel, formats
 from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
-from tests.tiny import random_set
+from tests.tiny import PROMPT, random_set
 
 CFG = SimpleNamespace(n_layers=3, d_model=24)
 KINDS = ("transcoder", "skip_transcoder", "cross_layer_transcoder")
@@ -338,3 +340,20 @@ def test_find_names_what_there_is(tmp_path):
     shutil.rmtree(tmp_path / "dictionaries")
     with pytest.raises(InputError, match="comes with no dictionaries"):
         formats.find(None, tmp_path, "m")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoders_stay_as_stored_and_their_rows_are_converted(kind, dtype, tiny_model, tmp_path):
+    """All of a decoder may be more than there is memory: nothing copies it on the way from the file to a trace."""
+    formats.save(random_set("llama", kind, "relu", CFG), tmp_path, dtype=dtype)
+    loaded, whole = (formats.load(tmp_path) for _ in range(2))
+    stored = [(d.W_dec.data_ptr(), d.W_dec.dtype) for d in loaded]
+    model = ReplacementModel(tiny_model("llama", "neurons").bridge, loaded, name="llama")
+    assert [(d.W_dec.data_ptr(), d.W_dec.dtype) for d in model.dictionaries] == stored
+    assert {kept for _, kept in stored} == {getattr(torch, dtype)}
+    for dictionary in whole:
+        dictionary.to(torch.float64)
+    usual = ReplacementModel(tiny_model("llama", "neurons").bridge, whole, name="llama")
+    edges = [attribute(each, PROMPT).dense_adjacency() for each in (model, usual)]
+    np.testing.assert_array_equal(*edges)

@@ -130,7 +130,7 @@ def _load_one(folder: Path, config_path: Path, entry: Any) -> Dictionary:
     if Path(entry["file"]).name != entry["file"] or not entry["file"].isprintable():
         raise InputError(f"{config_path}: file {entry['file']!r} must lie in the folder itself")
     path = folder / entry["file"]
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, as_stored=["W_dec"])
     of = _CLASS_OF[entry["kind"]]
     require_known(tensors, [*TENSORS[: None if of is Transcoder else -1], *ROUTER, "threshold"], path)
     bias_axes = 2 if of is Crosscoder else 1

@@ -12,10 +12,15 @@ from torch import Tensor
 
 from replacement.errors import InputError
 
+CHECKED_AT_ONCE = 2**24  #: numbers of a large tensor that are looked at together
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file in float32 (float64 kept); raises InputError where it is missing, damaged or
-    not finite."""
+
+def read_tensors(path: Path, *, as_stored: Collection[str] = ()) -> dict[str, Tensor]:
+    """All tensors of a safetensors file in float32 (float64 kept), those named in `as_stored` as they are.
+
+    A tensor that is not converted is mapped from the file: it takes memory where it is read, and the system takes that
+    back when it is short. Raises InputError where the file is missing, damaged or not finite.
+    """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -25,8 +30,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise InputError(f"{path}: tensor {name!r} is {tensor.dtype}, needs floating point")
-        tensors[name] = tensor if tensor.dtype == torch.float64 else tensor.float()
-        if not torch.isfinite(tensors[name]).all():
+        if tensor.dtype.itemsize == 1 or (name not in as_stored and tensor.dtype != torch.float64):
+            tensors[name] = tensor.float()  # numbers of 8 bits can't be picked or compared as they are
+        if not all(torch.isfinite(part).all() for part in tensors[name].flatten().split(CHECKED_AT_ONCE)):
             raise InputError(f"{path}: tensor {name!r} has values that are not finite (NaN or inf)")
     return tensors
 
