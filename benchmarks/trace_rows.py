@@ -98,7 +98,7 @@ def run(
     if done.returncode == -signal.SIGXCPU:
         return {"failed": f"> {settings.limit} s"}
     if done.returncode == -signal.SIGKILL or any(words in done.stderr for words in OUT_OF_MEMORY):
-        return {"failed": f"> {settings.memory:.0f} GB"}
+        return {"failed": f"> {settings.memory:g} GB"}
     raise SystemExit(f"{script} {row} failed:\n{done.stderr[-1500:]}")
 
 

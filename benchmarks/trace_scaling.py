@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from trace_rows import Row, Settings, machine, make, run, write_json
 
-FIGURES = {"cpu_seconds": "CPU seconds", "peak_bytes": "peak memory, bytes over the loaded model"}
+FIGURES = {"cpu_seconds": "CPU seconds", "peak_bytes": "peak MB over the model"}
 
 
 class Series(NamedTuple):
@@ -49,6 +49,8 @@ def scale(scratch: Path, settings: Settings, results: Path) -> None:
             print(f"{series.name.format(size)}: {figures}", file=sys.stderr)
             if "failed" not in figures:
                 measured[size] = figures
+        if len(measured) < 2:
+            raise SystemExit(f"{title}: fewer than two sizes came to an end; raise --limit or --memory")
         content["series"][title] = {
             "rows": series.name,
             "goal": series.goal,
@@ -78,13 +80,14 @@ def _print(series: dict[str, Any]) -> None:
 def _draw(series: dict[str, Any], path: Path) -> None:
     """Measured points and fitted lines, a column a series; dashed is the goal, through the first point."""
     from matplotlib.figure import Figure  # not pyplot, which keeps figures and looks for a display
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
 
     figure = Figure(figsize=(4.2 * len(series), 6.4), layout="constrained")
     axes = figure.subplots(len(FIGURES), len(series), squeeze=False)
     for column, (title, one) in enumerate(series.items()):
         sizes = np.array(list(one["measured"]), dtype=float)
         for axis, (name, label) in zip(axes[:, column], FIGURES.items(), strict=True):
-            values = np.array(_column(one["measured"], name))
+            values = np.array(_column(one["measured"], name)) / (1e6 if name == "peak_bytes" else 1)
             slope = one["exponents"][name]["fit"]
             line = np.exp(np.log(values).mean() + slope * (np.log(sizes) - np.log(sizes).mean()))
             axis.loglog(sizes, values, "o", color="#0072b2")
@@ -95,6 +98,8 @@ def _draw(series: dict[str, Any], path: Path) -> None:
             axis.set(xlabel=title, ylabel=label if column == 0 else "", xticks=sizes)
             axis.set_xticklabels([f"{size:.0f}" for size in sizes])
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.grid(alpha=0.3)
             axis.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from measure import median_cpu_seconds, memory_peak, reset_memory_peak
 
 FEATURE, ERROR, EMBEDDING, LOGIT = range(4)
 _WARM_UP = 4  # tokens of the untimed prompt
-_SHORT = 5.0  # seconds; a trace that takes less is repeated
+_SHORT = 5.0  # CPU seconds; a trace that takes less is repeated
 _REPEATS = 3
 _CODE = (4, 256, 1 << 16, 1 << 24)  # bounds of kind, layer + 1, position, number + 1
 
@@ -83,7 +83,7 @@ def run(tool: Tool) -> None:
     cpu: list[float] = []
     wall: list[float] = []
     graph = None
-    while not wall or (wall[0] < _SHORT and len(wall) < _REPEATS):
+    while not cpu or (cpu[0] < _SHORT and len(cpu) < _REPEATS):
         graph = None
         gc.collect()
         _wait(options.device)
