@@ -137,7 +137,7 @@ def test_defaults_are_the_librarys():
             if name in arguments and parameter.default is not parameter.empty:
                 assert arguments[name] == parameter.default == default(call, name)
                 checked.add(name)
-    own = {"prompt", "prompts", "dry_run", "command", "version", "json", "output", "format", "target"}
+    own = {"prompt", "prompts", "dry_run", "command", "version", "json", "output", "format", "target", "resume"}
     assert checked == set(arguments) - own
 
 
