@@ -15,10 +15,10 @@ attribution alone, after loading and one trace of 4 tokens, the median of 3 wher
 CPU seconds. Memory is the peak over what the loaded model takes. `edges` is the largest difference between the two
 graphs' edges, relative to the largest edge, over nodes that both have; `other` how many of the features with a row are
 others: at this tool's own settings, and where it ranks features anew as often as circuit-tracer does (every 4 batches
-of 256). `mm` is the least number of multiply-adds (`least_products` in `peers/run_own_tracer.py`) a CPU second, as a
-share of the machine's rate of float32 products (768 x 768 by 768 x 4096, measured in the same process). A process that
-runs out of memory or time is a cell that says so. With `--json` rows are added to what the file has, and the table
-shows them all.
+of 256). `mm` is how many multiply-adds of matrix products a trace makes (counted by PyTorch) in a CPU second of all of
+it, as a share of the machine's rate of float32 products (768 x 768 by 768 x 4096, measured in the same process). A
+process that runs out of memory or time is a cell that says so. With `--json` rows are added to what the file has, and
+the table shows them all.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _cells(figures: dict[str, Any]) -> list[str]:
     best = default if batch is None else peers[batch]
     difference, alike = figures.get("difference of own"), figures.get("difference of own alike")
     done = "failed" not in own
-    share = own["least_products"] / own["cpu_seconds"] / own["products_per_second"] if done else 0.0
+    share = own["products"] / own["cpu_seconds"] / own["products_per_second"] if "products" in own else None
     return [
         f"{own['n_features']:,} of {own['n_active']:,}" if done else "",
         _seconds(own),
@@ -154,7 +154,7 @@ def _cells(figures: dict[str, Any]) -> list[str]:
         f"{own['process_bytes'] / 1e9:.2f}" if done else "",
         f"{difference['edges']:.1e}" if difference else "",
         " / ".join(f"{one['other_rows']:,}" for one in (difference, alike) if one),
-        f"{share:.0%}" if done else "",
+        "" if share is None else f"{share:.0%}",
     ]
 
 

@@ -23,6 +23,7 @@ FEATURE, ERROR, EMBEDDING, LOGIT = range(4)
 _WARM_UP = 4  # tokens of the untimed prompt
 _SHORT = 5.0  # CPU seconds; a trace that takes less is repeated
 _REPEATS = 3
+_COUNTED = 120.0  # CPU seconds; of a longer trace products are not counted, which takes another
 _CODE = (4, 256, 1 << 16, 1 << 24)  # bounds of kind, layer + 1, position, number + 1
 
 
@@ -42,6 +43,8 @@ class Tool(NamedTuple):
     trace: Callable[[Any, torch.Tensor, argparse.Namespace], Any]
     edges: Callable[[Any], Edges]
     figures: Callable[[Any, Any], dict[str, float]]  #: what else a row says of a model and its graph
+    products: Callable[[Any, torch.Tensor, argparse.Namespace], float] | None = None
+    """Multiply-adds of one trace, where they can be counted."""
 
 
 def node_codes(kind: np.ndarray, layer: np.ndarray, position: np.ndarray, number: np.ndarray) -> np.ndarray:
@@ -96,7 +99,10 @@ def run(tool: Tool) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     figures = {"cpu_seconds": statistics.median(cpu), "wall_seconds": statistics.median(wall), "repeats": len(cpu)}
     figures |= {"peak_bytes": memory.over, "process_bytes": memory.process, "products_per_second": rate}
-    print(json.dumps(figures | tool.figures(model, graph)), flush=True)
+    figures |= tool.figures(model, graph)
+    if tool.products is not None and cpu[0] < _COUNTED:
+        figures["products"] = tool.products(model, tokens, options)
+    print(json.dumps(figures), flush=True)
     if options.out is not None:
         options.out.mkdir(parents=True)
         np.save(options.out / "logits.npy", tool.logits(model, tokens).float().cpu().numpy())
