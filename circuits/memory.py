@@ -16,9 +16,8 @@ from replacement.errors import InputError
 
 FREE_SHARE = 0.5  #: of what is free, unless told otherwise: a trace is rarely alone on its machine
 SWEEP_SHARE = 0.25  #: of what the trace may take, for a sweep's arrays; rows take the rest
-SWEEP_BYTES = (
-    256 * 2**20
-)  #: the most a sweep takes: its products are large long before, and larger ones miss the caches
+CACHED_BYTES = 32 * 2**20  #: the most a sweep takes on a processor: larger ones miss its caches, and are slower
+SWEEP_BYTES = 256 * 2**20  #: the most it takes elsewhere
 COPIES = 2  #: rows and the graph that is made of them, at most
 UNITS = {"": 1, "B": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("KMGT", 1)}
@@ -52,7 +51,8 @@ def budget(memory: int | float | str | None, device: torch.device) -> Budget:
     if device.type == "cuda":
         free = int(FREE_SHARE * torch.cuda.mem_get_info(device)[0])
         room = free if memory is None else min(free, total)
-    return Budget(total, min(SWEEP_BYTES, int(SWEEP_SHARE * room)))
+    most = CACHED_BYTES if device.type == "cpu" else SWEEP_BYTES
+    return Budget(total, min(most, int(SWEEP_SHARE * room)))
 
 
 def parse(memory: int | float | str) -> int:

@@ -55,7 +55,7 @@ def test_sizes_are_said_in_few_digits(size, words):
 def test_what_is_shared_out_is_what_there_is(total):
     shared = budget(total, CPU)
     assert shared.sweep + COPIES * shared.rows <= shared.total == total
-    assert shared.sweep <= memory.SWEEP_BYTES
+    assert shared.sweep <= memory.CACHED_BYTES
     assert shared.sweep + COPIES * shared.rows >= total - COPIES
 
 
