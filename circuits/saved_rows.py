@@ -95,7 +95,7 @@ class SavedRows:
 
     def remove(self) -> None:
         """Take away the rows, and their folder where nothing else is in it."""
-        for path in self._paths():
+        for path in (*self._paths(), *self.folder.glob(".*.part")):  # drafts of a run that was killed too
             path.unlink(missing_ok=True)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
@@ -124,7 +124,10 @@ class SavedRows:
         }
         with whole_file(self.folder / f"{self._files:05}.safetensors", call="trace") as draft:
             tensors = {name: np.concatenate(parts) for name, parts in columns.items()}
-            save_file(tensors, draft, metadata={"rows": json.dumps(header)})
+            try:
+                save_file(tensors, draft, metadata={"rows": json.dumps(header)})
+            except SafetensorError as problem:  # its way to say that the disk is full
+                raise OSError(str(problem)) from problem
         self._files, self._kept = self._files + 1, self._kept + len(new)
         self._rows += sum(len(block.index) for block in new)
         self._written = monotonic()

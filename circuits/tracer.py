@@ -25,7 +25,8 @@ from replacement.errors import InputError
 from replacement.features import Targets
 from replacement.local import LocalModel
 
-FASTEST = 128  #: targets of one sweep: its products are large by then, and larger ones miss the caches
+CACHED_BYTES = 32 * 2**20  #: what a sweep takes at most where more would miss a processor's caches, and be slower
+ENOUGH, MOST = 32, 128  #: targets of a sweep whose products are large, so that caches count; and the most it takes
 SURE = 0.1  #: share of the rows' possible entries from which on it is said whether the rest fits
 
 Progress = Callable[[int, int], None]
@@ -182,7 +183,7 @@ def _sweep_batch(local: LocalModel, budget: Budget) -> int:
             f"attribute(memory={in_words(budget.total)!r}): one row's sweep takes {in_words(one)}; pass more memory "
             "(--memory), or a shorter prompt"
         )
-    return max(1, min(FASTEST, budget.sweep // one))
+    return max(1, min(MOST, max(ENOUGH, CACHED_BYTES // one), budget.sweep // one))
 
 
 def sweep_bytes(local: LocalModel) -> int:

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     name = outputs.slug(arguments.prompt if arguments.prompts is None else Path(arguments.prompts).stem)
     folder = arguments.output or outputs.ROOT / name
     outputs.check_folder(folder)
-    tracing.check_settings(arguments)
+    tracing.check_thresholds(arguments)
     if arguments.prompts is not None:
         from circuits.commands import trace_prompts
 

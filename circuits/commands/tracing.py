@@ -63,9 +63,14 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(arguments: argparse.Namespace) -> ReplacementModel:
-    """Load the model; under torchrun every process takes a GPU of its own where `--device cuda` names none."""
+    """Load the model, unless a setting is wrong whatever the prompt; raises InputError.
+
+    Under torchrun every process takes a GPU of its own where `--device cuda` names none.
+    """
+    from circuits.attribution import check_settings
     from replacement import ReplacementModel
 
+    check_settings(**settings(arguments))
     loading = {name: getattr(arguments, name) for name in LOADING}
     if arguments.device == "cuda" and "LOCAL_RANK" in os.environ:
         import torch
@@ -116,12 +121,10 @@ def _told(saved: SavedRows) -> Iterator[None]:
         raise KeyboardInterrupt(str(stop) or saved.left()) from None
 
 
-def check_settings(arguments: argparse.Namespace) -> None:
-    """Refuse what is wrong whatever the prompt, before the model is loaded; raises InputError."""
-    from circuits.attribution import check_settings as check
+def check_thresholds(arguments: argparse.Namespace) -> None:
+    """Refuse a wrong threshold before the long work, not after it."""
     from graphs.pruning import check_threshold
 
-    check(**settings(arguments))
     for name, value in thresholds(arguments).items():
         check_threshold(name, value)
 
