@@ -17,6 +17,7 @@ from torch import Tensor
 from circuits import __version__
 from circuits.assembly import assemble
 from circuits.memory import budget, parse
+from circuits.precision import rounding_error
 from circuits.rows import check_drop
 from circuits.saved_rows import Identity, SavedRows
 from circuits.targets import Feature, Spec, as_specs, from_start, last_position, resolve
@@ -26,9 +27,10 @@ from replacement.crosscoder import Crosscoder
 from replacement.errors import InputError
 from replacement.linearised import Linearisation
 from replacement.local import LocalModel
-from replacement.model import ENGINES, ReplacementModel
+from replacement.model import ENGINES, ReplacementModel, check_engine
 
 MAX_RESIDUAL = 0.01  #: relative residual beyond which rows are wrong, not rounded, in float32 and float64
+ROUNDED_RESIDUAL = 0.1  #: the same where attention's products are rounded
 
 
 def attribute(
@@ -41,6 +43,7 @@ def attribute(
     max_logits: int = 10,
     logit_probability: float = 0.95,
     engine: str = "linear",
+    products: str = "exact",
     trace_bos: bool = False,
     mlp: str = "relp",
     attention: str = "frozen",
@@ -63,32 +66,32 @@ def attribute(
     max_features: trace the inputs of at most this many features, taken in order of influence; None: of all. Features
         left out are no nodes; what they contribute is kept as a sum (`graph.untraced`).
     engine: "linear" (matrix products) or "autograd" (the reference, slow).
+    products: "exact", or "bfloat16": attention's are then rounded; the header's `products_error` is a row's error.
     trace_bos: trace position 0 like any other; by the field's convention it has no features and no errors.
     mlp, attention, ig_steps: what passes where no dictionary stands; see `Linearisation`.
     batch_size, update_interval: features are ranked anew after every `batch_size * update_interval` of them; a
         sweep takes at most `batch_size` targets, fewer where their arrays would take too much memory.
     drop: leave out the smallest edges of each row, of at most this share of its absolute sum together (`graph.dropped`
         keeps what they contribute); None: 0 up to `rows.WHOLE_ENTRIES` rows times sources, `rows.LARGE_DROP` beyond.
-    memory: what the trace may take beside model and dictionaries, as bytes or text such as "8GB"; None: half of what is
-        free. Rows that would not fit are refused, never cut.
+    memory: what the trace may take beside the model, bytes or text such as "8GB"; None: half of what is free. Rows that
+        would not fit are refused, never cut.
     saved: keeps rows on disk meanwhile, and has those of a run that was stopped; the caller removes them when done.
     progress: called with (rows done, rows in all).
     Raises InputError for a prompt, target or setting that cannot be used, where the rows do not fit in memory, and
     where they do not add up because the architecture has paths that are not known here.
     """
-    said: dict[str, Any] = {"engine": engine, "max_features": max_features, "max_logits": max_logits}
-    said |= {"logit_probability": logit_probability, "trace_bos": trace_bos, "drop": drop}
+    said: dict[str, Any] = {"engine": engine, "products": products, "trace_bos": trace_bos, "drop": drop}
+    said |= {"max_features": max_features, "max_logits": max_logits, "logit_probability": logit_probability}
     check_settings(**said, batch_size=batch_size, update_interval=update_interval, memory=memory)
     with torch.no_grad():
         tracer = prepare(
-            model, prompt, targets=targets, position=position, max_logits=max_logits, engine=engine,
+            model, prompt, targets=targets, position=position, max_logits=max_logits, engine=engine, products=products,
             logit_probability=logit_probability, trace_bos=trace_bos, batch_size=batch_size, memory=memory,
             linearisation=Linearisation(mlp=mlp, attention=attention, steps=ig_steps), progress=progress,
         )  # fmt: skip
-        if saved is not None:
-            tracer.save_in(saved, _identity(model, tracer, {**said, "update_every": batch_size * update_interval}))
-        _run(tracer, max_features, batch_size * update_interval, drop)
-        graph = assemble(model, tracer, _text(model, prompt), said | _found(model, tracer) | _as_asked(model, targets))
+        _run(model, tracer, said, update_every=batch_size * update_interval, saved=saved)
+        found = _found(model, tracer, exact=products == "exact")
+        graph = assemble(model, tracer, _text(model, prompt), said | found | _as_asked(model, targets))
     _require_whole_rows(model, graph)
     return graph
 
@@ -102,6 +105,7 @@ def prepare(
     max_logits: int,
     logit_probability: float,
     engine: str,
+    products: str,
     trace_bos: bool,
     linearisation: Linearisation,
     batch_size: int,
@@ -116,13 +120,18 @@ def prepare(
     resolved = resolve(
         model, local, specs, position=min(at, last), max_logits=max_logits, logit_probability=logit_probability
     )
-    return Tracer(local, model.engine(local, engine), resolved, batch_size, budget(memory, model.device), progress)
+    rows = model.engine(local, engine, products=products)
+    return Tracer(local, rows, resolved, batch_size, budget(memory, model.device), progress)
 
 
-def _run(tracer: Tracer, max_features: int | None, update_every: int, drop: float | None) -> None:
+def _run(
+    model: ReplacementModel, tracer: Tracer, said: dict[str, Any], *, update_every: int, saved: SavedRows | None
+) -> None:
     """All rows; where Ctrl-C stops them, those that are there are saved."""
+    if saved is not None:
+        tracer.save_in(saved, _identity(model, tracer, {**said, "update_every": update_every}))
     try:
-        tracer.run(max_features, update_every, drop)
+        tracer.run(said["max_features"], update_every, said["drop"])
     except KeyboardInterrupt:
         raise KeyboardInterrupt("" if tracer.saved is None else tracer.saved.stop(tracer.blocks)) from None
 
@@ -158,9 +167,11 @@ def _text(model: ReplacementModel, prompt: str | Int[Tensor, " pos"]) -> str:
     return prompt if isinstance(prompt, str) else model.bridge.tokenizer.decode(model.tokenize(prompt).tolist())
 
 
-def _found(model: ReplacementModel, tracer: Tracer) -> dict[str, Any]:
-    """What the graph's header says of how its rows came to be."""
-    said = {"dtype": str(model.dtype).removeprefix("torch."), "drop": tracer.drop}
+def _found(model: ReplacementModel, tracer: Tracer, *, exact: bool) -> dict[str, Any]:
+    """What the graph's header says of how its rows came to be; exact: whether products were."""
+    said: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "drop": tracer.drop}
+    if not exact:
+        said["products_error"] = rounding_error(tracer, model.engine(tracer.local, "linear"))
     return said | {"dropped_share": tracer.dropped_share} | _how_linearised(tracer.local)
 
 
@@ -194,8 +205,7 @@ def check_settings(**given: Any) -> None:
     check_drop(given.get("drop"))
     if given.get("memory") is not None:
         parse(given["memory"])
-    if given.get("engine", ENGINES[0]) not in ENGINES:
-        raise InputError(f"engine {given['engine']!r}: needs one of {', '.join(ENGINES)}")
+    check_engine(given.get("engine", ENGINES[0]), given.get("products", "exact"))
     parts = (("mlp", "mlp"), ("attention", "attention"), ("steps", "ig_steps"))
     Linearisation(**{name: given[argument] for name, argument in parts if argument in given})
     for name in ("max_logits", "batch_size", "update_interval"):
@@ -211,7 +221,8 @@ def check_settings(**given: Any) -> None:
 
 def _require_whole_rows(model: ReplacementModel, graph: AttributionGraph) -> None:
     """Raise InputError where rows do not add up; half precision rounds the model's own stream, and is let through."""
-    if model.dtype == model.compute_dtype and graph.residual is not None and graph.residual > MAX_RESIDUAL:
+    most = MAX_RESIDUAL if graph.settings["products"] == "exact" else ROUNDED_RESIDUAL
+    if model.dtype == model.compute_dtype and graph.residual is not None and graph.residual > most:
         raise InputError(
             f"attribute(engine={graph.settings['engine']!r}): rows miss their targets by up to {graph.residual:.0%} of "
             f"their size; the linear path does not know {model.name}'s architecture, and its graph would be wrong"

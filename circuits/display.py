@@ -239,7 +239,13 @@ def _sizes(facts: Report) -> RenderableType:
     if facts.residual is None:
         return grid
     proof = f"edges into a node add up to the node's value; largest relative error {facts.residual:.0e}"
-    return Group(grid, Text("proof         ").append(proof, FAINT))
+    lines: list[RenderableType] = [grid, Text("proof         ").append(proof, FAINT)]
+    if facts.products_error:
+        moved = (
+            f"attention's were rounded to bfloat16: rows moved by up to {_percent(facts.products_error)} of their size"
+        )
+        lines.append(Text("products      ").append(moved, FAINT))
+    return Group(*lines)
 
 
 def _files(files: Mapping[Path, str]) -> Group:

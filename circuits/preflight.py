@@ -98,12 +98,12 @@ def preflight(model: ReplacementModel, prompt: str | torch.Tensor, **settings: A
     bound = inspect.signature(attribute).bind(model, prompt, **settings)
     bound.apply_defaults()
     given = bound.arguments
-    names = ("targets", "position", "max_logits", "logit_probability", "engine", "trace_bos", "batch_size", "memory")
+    names = ("targets", "position", "max_logits", "logit_probability", "engine", "products", "trace_bos", "memory")
     check_settings(**given)
     with torch.no_grad():
         started = perf_counter()
         rule = Linearisation(mlp=given["mlp"], attention=given["attention"], steps=given["ig_steps"])
-        tracer = prepare(model, prompt, linearisation=rule, **{name: given[name] for name in names})
+        tracer = prepare(model, prompt, linearisation=rule, **{name: given[name] for name in (*names, "batch_size")})
         tracer.drop = tracer.chosen_drop(given["drop"], tracer.wanted(given["max_features"]))
         tracer.trace_targets()
         begun, loaded = perf_counter() - started, _largest_memory()

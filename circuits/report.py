@@ -111,6 +111,8 @@ class Report:
     active_features: int
     residual: float | None
     """Largest relative gap between a row's sum and the value it explains; None where the file does not say."""
+    products_error: float
+    """Largest share of its inputs by which rounded products moved one of some rows; 0 where products were exact."""
     dropped_share: float
     """Largest share of a node's inputs that were too small to be kept as edges."""
     whole: Size | None
@@ -152,7 +154,8 @@ def report(
         targets=targets,
         active_features=graph.n_active_features,
         residual=graph.residual,
-        dropped_share=share if isinstance(share := graph.settings.get("dropped_share"), float) else 0.0,
+        products_error=_share(graph, "products_error"),
+        dropped_share=_share(graph, "dropped_share"),
         whole=size(graph) if graph is not pruned else None,
         pruned=size(pruned),
         thresholds=(pruning["node_threshold"], pruning["edge_threshold"]) if pruning else None,
@@ -161,6 +164,10 @@ def report(
         routes=routes(pruned, k=n_routes),
         linearised=linearised(graph),
     )
+
+
+def _share(graph: AttributionGraph, name: str) -> float:
+    return found if isinstance(found := graph.settings.get(name), float) else 0.0
 
 
 def linearised(graph: AttributionGraph) -> str:

@@ -30,6 +30,16 @@ from replacement.sweep import Transposed
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
 ENGINES = ("linear", "autograd")
+PRODUCTS = {"exact": None, "bfloat16": torch.bfloat16}  #: precisions of attention's products; None: the model's own
+
+
+def check_engine(name: str, products: str) -> None:
+    """Raise InputError unless there is such an engine, and it makes such products."""
+    for what, given, known in (("engine", name, ENGINES), ("products", products, PRODUCTS)):
+        if given not in known:
+            raise InputError(f"{what} {given!r}: needs one of {', '.join(known)}")
+    if name == "autograd" and products != "exact":
+        raise InputError(f"products {products!r}: engine 'autograd' is the reference, and exact; use engine 'linear'")
 
 
 class ReplacementModel:
@@ -217,12 +227,15 @@ class ReplacementModel:
             self._neurons |= {one.layer: cast(Neurons, one.requires_grad_(False)) for one in found}
         return {layer: self._neurons[layer] for layer in layers}
 
-    def engine(self, local: LocalModel, name: str) -> Engine:
-        """The engine that computes rows: "linear" (fast) or "autograd" (reference)."""
-        if name not in ENGINES:
-            raise InputError(f"engine {name!r}: needs one of {', '.join(ENGINES)}")
+    def engine(self, local: LocalModel, name: str, *, products: str = "exact") -> Engine:
+        """The engine that computes rows: "linear" (fast) or "autograd" (reference).
+
+        products: "exact", or "bfloat16": attention's matrix products of the linear engine are then rounded to it, their
+        sums kept in the model's own precision.
+        """
+        check_engine(name, products)
         if name == "linear":
-            return LinearEngine(local, self._transposed)
+            return LinearEngine(local, self._transposed, products=PRODUCTS[products])
         self.require_own_precision("engine 'autograd'")
         self.require_frozen_patterns("engine 'autograd'")
         return AutogradEngine(local, self.bridge)

@@ -350,7 +350,7 @@ def _product(
 ) -> Float[Tensor, "prefix m batch"]:  # fmt: skip
     """`into = matrix x` at every position, or `into += matrix x`."""
     prefix, n, batch = x.shape
-    if batch < FEW:
+    if batch < FEW or x.dtype == torch.bfloat16:  # libraries have no fast narrow products in bfloat16 either
         flat = matrix @ x.permute(1, 0, 2).reshape(n, prefix * batch)
         found = flat.view(-1, prefix, batch).permute(1, 0, 2)
         return into.add_(found) if add else into.copy_(found)

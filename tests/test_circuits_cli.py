@@ -83,9 +83,9 @@ def test_json_is_one_object_and_nothing_else(place: Path, capsys: pytest.Capture
     answer = json.loads(said.out)
     assert said.err == ""
     assert sorted(answer) == [
-        "active_features", "dictionaries", "dropped_share", "files", "linearised", "model", "predictions", "prompt",
-        "pruned", "residual", "routes", "seconds", "settings", "sources", "targets", "themes", "thresholds", "tokens",
-        "whole",
+        "active_features", "dictionaries", "dropped_share", "files", "linearised", "model", "predictions",
+        "products_error", "prompt", "pruned", "residual", "routes", "seconds", "settings", "sources", "targets",
+        "themes", "thresholds", "tokens", "whole",
     ]  # fmt: skip
     assert Path(answer["files"]["native"]).is_file()
     probabilities = [one["probability"] for one in answer["predictions"]]

@@ -161,3 +161,15 @@ def test_features_with_negative_activations_obey_the_laws(tiny_model, kind, low)
     assert linear.residual <= 1e-10
     assert (model.local(PROMPT).logits() - model.logits(PROMPT)).abs().max() <= 1e-9
     np.testing.assert_allclose(linear.dense_adjacency(), reference.dense_adjacency(), atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rounded_products_say_how_far_they_moved_rows(tiny_model, family):
+    """What the header says bounds all rows here, where all are looked at; exact products say nothing."""
+    model = tiny_model(family, "transcoder", "relu", "float32")
+    exact, rounded = (attribute(model, PROMPT, products=how) for how in ("exact", "bfloat16"))
+    right, found = exact.dense_adjacency(), rounded.dense_adjacency()
+    sums = np.abs(right).sum(1)
+    moved = (np.abs(found - right).sum(1)[sums > 0] / sums[sums > 0]).max()
+    assert 1e-5 < rounded.settings["products_error"] <= 1.01 * moved < 0.1
+    assert "products_error" not in exact.settings and rounded.residual <= moved

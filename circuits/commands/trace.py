@@ -75,6 +75,7 @@ def _configure_tracing(parser: argparse.ArgumentParser) -> None:
     )
     add(what, ATTRIBUTE, "--trace-bos", "trace the first position like any other", action="store_true")
     add(what, ATTRIBUTE, "--engine", "linear (fast) or autograd (the reference)")
+    add(what, ATTRIBUTE, "--products", "exact, or bfloat16: faster; the error is measured and kept", metavar="HOW")
     add(
         what,
         ATTRIBUTE,

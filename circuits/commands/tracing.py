@@ -26,7 +26,7 @@ ROWS = "rows"  #: folder in the output folder where rows are kept while a long t
 LOADING = ("dictionaries", "dtype", "device")
 TRACING = (
     *("position", "max_logits", "logit_probability", "max_features", "trace_bos"),
-    *("engine", "mlp", "attention", "ig_steps", "drop", "memory"),
+    *("engine", "products", "mlp", "attention", "ig_steps", "drop", "memory"),
 )
 
 
