@@ -61,8 +61,7 @@ def attribute(
     targets: what to explain: a token (`" Austin"` or an id), a difference (`"Austin - Sacramento"`), a feature
         (`"L3#1204@7"`), a `Direction` or a vector at the last norm's output, or a list of those; None: the smallest
         set of tokens that holds `logit_probability` of the distribution, at most `max_logits`.
-    position: where tokens and directions are predicted; None: the last position. What follows the last position that
-        any target reads cannot matter, and is left out of the graph.
+    position: where tokens and directions are predicted; None: the last. What follows all targets is left out.
     max_features: trace the inputs of at most this many features, taken in order of influence; None: of all. Features
         left out are no nodes; what they contribute is kept as a sum (`graph.untraced`).
     engine: "linear" (matrix products) or "autograd" (the reference, slow).
