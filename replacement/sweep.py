@@ -1,12 +1,14 @@
 """The transposed sweep: gradients pulled back through a prompt's frozen linear maps, for many targets at once.
 
 Gradients at all positions are held as [prefix, d_model, batch], targets last: every step is then a product of one
-weight matrix with what stands at each position, or of an attention pattern with what a head carries, and nothing is
-permuted or copied on the way. Norm weights are folded into attention's maps, norm scales into its patterns. Three
-shortcuts, all exact:
+weight matrix with what stands at each position, or of an attention pattern with what a head carries, and next to
+nothing is permuted or copied on the way. Norm weights are folded into attention's maps, norm scales into its patterns.
+Shortcuts, all exact:
 
 - a target starts at one position, and until the first attention on its way nothing leaves it: one vector a target;
 - that first attention needs each head's map once a target, not once a position: `sum_h A_h[q, k] W_V_h W_O_h^T g`;
+- so the second one's output maps need be applied to these few vectors only, where nothing has changed them (`Spread`);
+- what the first block writes is carried up to the values of the second one's attention (`Sweep.widened`);
 - what the embeddings write through the first block's attention is a table, so that no gradient goes through it.
 
 Knows nothing of features; who consumes a sweep says what is written where.
@@ -164,17 +166,18 @@ class Sweep:
 
     # ---- attention
 
-    def _columns(self, layer: int, prefix: int, batch: int) -> Tensor:
-        """Room for the stream and, beside it, for what attention's values give: [prefix, wide, batch]."""
-        out_of_values = self.transposed.maps(layer, self.products).value.shape
-        return self._take("stream", (prefix, sum(out_of_values), batch))
+    def _columns(self, prefix: int, batch: int) -> Tensor:
+        """Room for the stream and, beside it, for what any attention's values give: [prefix, widest, batch]."""
+        blocks = self.path.weights.blocks
+        widest = max(block.W_V.shape[0] * block.W_V.shape[2] for block in blocks)
+        return self._take("stream", (prefix, self.path.forward.embedding.shape[1] + widest, batch))
 
     def _spread(
         self, layer: int, entry: Entry, groups: list[Group], x: Float[Tensor, "d_model batch"], only_attention: bool
     ) -> tuple[Float[Tensor, "prefix d_model batch"], Spread | None]:
         """From one vector a target to all positions, by the first attention on the way and around it."""
         prefix = groups[-1].position + 1
-        stream = self._columns(layer, prefix, x.shape[1])[:, : len(x)]
+        stream = self._columns(prefix, x.shape[1])[:, : len(x)]
         if self.path.attentions is not None:
             stream.zero_()
             stream[entry.positions, :, torch.arange(x.shape[1], device=x.device)] = x.T
@@ -224,7 +227,7 @@ class Sweep:
             Spread(carried, own, shares, spread.groups).write(heads)
         else:
             _product(out, stream.to(self.products), heads)
-        columns = self._columns(layer, prefix, batch)
+        columns = self._columns(prefix, batch)[:, : width + value.shape[1]]
         if self.products == stream.dtype:
             self._mix(layer, heads, columns[:, width:])
             if not wide:
