@@ -68,8 +68,8 @@ def attribute(
     products: "exact", or "bfloat16": attention's are then rounded; the header's `products_error` is a row's error.
     trace_bos: trace position 0 like any other; by the field's convention it has no features and no errors.
     mlp, attention, ig_steps: what passes where no dictionary stands; see `Linearisation`.
-    batch_size, update_interval: features are ranked anew after every `batch_size * update_interval` of them; a
-        sweep takes at most `batch_size` targets, fewer where their arrays would take too much memory.
+    batch_size, update_interval: features are ranked anew after every `batch_size * update_interval` of them. A sweep
+        takes at most `batch_size` targets, mostly fewer: as many as are fastest, and have room.
     drop: leave out the smallest edges of each row, of at most this share of its absolute sum together (`graph.dropped`
         keeps what they contribute); None: 0 up to `rows.WHOLE_ENTRIES` rows times sources, `rows.LARGE_DROP` beyond.
     memory: what the trace may take beside the model, bytes or text such as "8GB"; None: half of what is free. Rows that
@@ -204,7 +204,10 @@ def check_settings(**given: Any) -> None:
     check_drop(given.get("drop"))
     if given.get("memory") is not None:
         parse(given["memory"])
-    check_engine(given.get("engine", ENGINES[0]), given.get("products", "exact"))
+    rule = Linearisation()
+    check_engine(
+        given.get("engine", ENGINES[0]), given.get("products", "exact"), given.get("attention", rule.attention)
+    )
     parts = (("mlp", "mlp"), ("attention", "attention"), ("steps", "ig_steps"))
     Linearisation(**{name: given[argument] for name, argument in parts if argument in given})
     for name in ("max_logits", "batch_size", "update_interval"):
@@ -220,11 +223,19 @@ def check_settings(**given: Any) -> None:
 
 def _require_whole_rows(model: ReplacementModel, graph: AttributionGraph) -> None:
     """Raise InputError where rows do not add up; half precision rounds the model's own stream, and is let through."""
-    most = MAX_RESIDUAL if graph.settings["products"] == "exact" else ROUNDED_RESIDUAL
-    if model.dtype == model.compute_dtype and graph.residual is not None and graph.residual > most:
+    if model.dtype != model.compute_dtype or graph.residual is None:
+        return
+    missed = (
+        f"attribute(engine={graph.settings['engine']!r}): rows miss their targets by up to {graph.residual:.0%} of "
+    )
+    if graph.settings["products"] == "exact" and graph.residual > MAX_RESIDUAL:
         raise InputError(
-            f"attribute(engine={graph.settings['engine']!r}): rows miss their targets by up to {graph.residual:.0%} of "
-            f"their size; the linear path does not know {model.name}'s architecture, and its graph would be wrong"
+            f"{missed} of their size; the linear path does not know {model.name}'s architecture, "
+            "and its graph would be wrong"
+        )
+    if graph.residual > ROUNDED_RESIDUAL:
+        raise InputError(
+            f"{missed} of their size; rounding to bfloat16 is too coarse for this prompt: use products='exact'"
         )
 
 

@@ -11,7 +11,7 @@ from circuits.tracer import Tracer
 from replacement.contributions import Contributions, Engine, total_rows
 from replacement.features import Targets
 
-SAMPLED = 32  #: features whose rows are computed again, spread over those that have one
+SAMPLED = 32  #: at most so many features whose rows are computed again, spread over those that have one
 
 
 def rounding_error(tracer: Tracer, exact: Engine) -> float:
@@ -21,7 +21,7 @@ def rounding_error(tracer: Tracer, exact: Engine) -> float:
     """
     local, worst = tracer.local, 0.0
     order = torch.from_numpy(tracer.order).to(local.forward.tokens)
-    sample = order[:: max(1, len(order) // SAMPLED)].sort().values
+    sample = order[:: max(1, -(-len(order) // SAMPLED))].sort().values
     depth = local.features.depth[sample]
     asked: list[list[Targets]] = [local.feature_targets(sample[depth == at]) for at in depth.unique()]
     asked += [reads(local, [target]) for target in tracer.targets]

@@ -133,8 +133,8 @@ class LinearEngine:
             beside = pulled._replace(gradient=pulled.beside)
             found.embeddings[: groups[-1].position + 1] += _dot(beside, groups, forward.embedding)
         if (place := forward.position_embedding) is not None:
-            moved = place + (self.local.path.attention(0, place, bias=False) if pulled.by_table else 0.0)
-            found.bias += _dot(pulled, groups, self._reached(pulled, moved, "positions")).sum(0)
+            moved = self._reached(pulled, self._moved_place if pulled.by_table else place, "positions")
+            found.bias += _dot(pulled, groups, moved).sum(0)
             if pulled.beside is not None:
                 found.bias += _dot(pulled._replace(gradient=pulled.beside), groups, place).sum(0)
 
@@ -165,6 +165,13 @@ class LinearEngine:
             norm = local.path.write_norm(slot.layer, local.write_site(slot))
             found.append(bos if norm is None else apply_norm(norm[0], norm[1][:1], bos[None], bias=False)[0])
         return found
+
+    @cached_property
+    def _moved_place(self) -> Float[Tensor, "pos d_model"]:
+        """What position embeddings add to the stream after the first attention, themselves included."""
+        place = self.local.forward.position_embedding
+        assert place is not None
+        return place + self.local.path.attention(0, place, bias=False)
 
     @cached_property
     def _starts(self) -> dict[tuple[Slot, int], list[int]]:

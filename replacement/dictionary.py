@@ -72,7 +72,7 @@ class Dictionary(nn.Module, abc.ABC):
         decoder = self._parameters.pop("W_dec", None) if device.type == "cpu" else None
         self.requires_grad_(False).to(device=device, dtype=dtype)
         if decoder is not None:
-            self.W_dec = nn.Parameter(decoder.detach(), requires_grad=False)
+            self.W_dec = nn.Parameter(decoder.detach().to(device), requires_grad=False)
 
     def skip(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"] | float:
         """`W_skip x`, zero for kinds without a skip connection."""

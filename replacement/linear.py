@@ -143,8 +143,10 @@ class LinearPath:
 
     # ---- transposed
 
-    def transpose_read(self, layer: int, site: str, gradient: Tensor, positions: Int[Tensor, " n"] | slice) -> Tensor:
-        """From gradients at a read site to gradients at `mid`; leading axes (n, or batch and positions) as given."""
+    def transpose_read(
+        self, layer: int, site: str, gradient: Float[Tensor, "n d_model"], positions: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n d_model"]:
+        """From gradients at a read site to gradients at `mid`, one position a row."""
         if site == "hook_resid_mid":
             return gradient
         norm, scale = self.weights.blocks[layer].ln2, self.forward.blocks[layer].ln2_scale[positions]
@@ -154,10 +156,10 @@ class LinearPath:
         return gradient - gradient.mean(-1, keepdim=True) if norm.center else gradient
 
     def transpose_write(
-        self, layer: int, site: str, gradient: Tensor, positions: Int[Tensor, " n"] | slice | None = None
+        self, layer: int, site: str, gradient: Tensor, positions: Int[Tensor, " n"] | None = None
     ) -> Tensor:
-        """From gradients in the stream to gradients at a write site; positions as in `transpose_read`, None for a
-        prefix of them."""
+        """From gradients in the stream to gradients at a write site; positions as in `transpose_read`, None where
+        gradients are [batch, prefix, d_model]."""
         if (post_norm := self.write_norm(layer, site)) is None:
             return gradient
         norm, scale = post_norm
@@ -195,7 +197,7 @@ class LinearPath:
     def direct(self, entry: Entry) -> Iterator[tuple[Slot | None, Float[Tensor, "batch d_model"]]]:
         """The same gradients by paths that no attention is on, so that each stays at its own position.
 
-        Yields the stream's gradient at every slot on the way down, attention's output among them, as `sweep` does.
+        Yields the stream's gradient at every slot on the way down, attention's output among them.
         """
         stream, positions = entry.gradient, entry.positions
         if entry.only_attention:
@@ -228,11 +230,10 @@ class LinearPath:
         groups = weights.W_O.shape[0] // weights.W_V.shape[0]
         return torch.einsum("bgje,gde->bgjd", heads.unflatten(1, (-1, groups)), weights.W_V).flatten(1, 2)
 
-    def mlp_step(self, layer: int, post: Tensor, positions: Int[Tensor, " batch"] | slice) -> Tensor | float:
-        """From `post` to where the MLP reads, by the skip connection or the linearised MLP.
-
-        post: gradients at single positions, one a row, or [batch, prefix, d_model] with a slice of positions.
-        """
+    def mlp_step(
+        self, layer: int, post: Float[Tensor, "batch d_model"], positions: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch d_model"] | float:
+        """From `post` to where the MLP reads, by the skip connection or the linearised MLP, one position a row."""
         if layer in self.skips:
             skip = self.skips[layer]
             gradient = self.transpose_write(layer, skip.write, post, positions) @ skip.W_skip

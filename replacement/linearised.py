@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from replacement.errors import InputError
@@ -65,8 +65,10 @@ class LinearMLP(NamedTuple):
             hidden = hidden + self.c_gate * (x @ self.neurons.W_gate.T)
         return hidden @ self.neurons.W_dec
 
-    def transpose(self, gradient: Float[Tensor, "*axes d_model"], positions: Tensor | slice) -> Tensor:
-        """`J^T g` at listed positions, one a row, or at a range of them as the last axis but one."""
+    def transpose(
+        self, gradient: Float[Tensor, "n d_model"], positions: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n d_model"]:
+        """`J^T g` at listed positions, one a row."""
         hidden = gradient @ self.neurons.W_dec.T
         out = (hidden * self.c_in[positions]) @ self.neurons.W_enc
         if self.c_gate is not None and self.neurons.W_gate is not None:

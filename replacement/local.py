@@ -91,11 +91,12 @@ class LocalModel:
         parts = []
         encoded: dict[Dictionary, Tensor] = {}
         for slot, dictionary in self.coverage.at.items():
-            if dictionary not in encoded:
-                encoded[dictionary] = dictionary.encode(self.read(dictionary))
+            if (activations := encoded.get(dictionary)) is None:
+                activations = dictionary.encode(self.read(dictionary))
                 if not self.trace_bos:
-                    encoded[dictionary][0] = 0
-            activations = encoded[dictionary]
+                    activations[0] = 0
+            if isinstance(dictionary, Crosscoder):  # it stands at further slots
+                encoded[dictionary] = activations
             position, feature = activations.nonzero(as_tuple=True)  # sorted by position, then feature
             layer, place = (torch.full_like(position, int(value)) for value in slot)
             parts.append(Features(layer, place, position, feature, activations[position, feature]))

@@ -33,13 +33,17 @@ ENGINES = ("linear", "autograd")
 PRODUCTS = {"exact": None, "bfloat16": torch.bfloat16}  #: precisions of attention's products; None: the model's own
 
 
-def check_engine(name: str, products: str) -> None:
-    """Raise InputError unless there is such an engine, and it makes such products."""
+def check_engine(name: str, products: str, attention: str) -> None:
+    """Raise InputError unless there is such an engine, and it makes such products where attention is linearised so."""
     for what, given, known in (("engine", name, ENGINES), ("products", products, PRODUCTS)):
         if given not in known:
             raise InputError(f"{what} {given!r}: needs one of {', '.join(known)}")
     if name == "autograd" and products != "exact":
         raise InputError(f"products {products!r}: engine 'autograd' is the reference, and exact; use engine 'linear'")
+    if attention == "gradient" and products != "exact":
+        raise InputError(
+            f"products {products!r}: attention's full gradient is made by the model's own code; use 'frozen'"
+        )
 
 
 class ReplacementModel:
@@ -233,7 +237,7 @@ class ReplacementModel:
         products: "exact", or "bfloat16": attention's matrix products of the linear engine are then rounded to it, their
         sums kept in the model's own precision.
         """
-        check_engine(name, products)
+        check_engine(name, products, local.linearisation.attention)
         if name == "linear":
             return LinearEngine(local, self._transposed, products=PRODUCTS[products])
         self.require_own_precision("engine 'autograd'")

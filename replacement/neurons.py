@@ -50,6 +50,10 @@ class Neurons(Dictionary):
         self.W_dec, self.b_dec = nn.Parameter(W_dec), nn.Parameter(b_dec)
         self.nonlinearity = nonlinearity
 
+    def compute_in(self, device: torch.device, dtype: torch.dtype) -> None:
+        """All weights, the output map too: it is the language model's, and not read row by row alone."""
+        self.requires_grad_(False).to(device=device, dtype=dtype)
+
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... n_features"]:
         pre = F.linear(x, self.W_enc, self.b_enc)
         if self.W_gate is None:

@@ -64,8 +64,8 @@ class Pulled(NamedTuple):
     """Gradients in the residual stream at one slot, where what is written there is added or stands."""
 
     slot: Slot | None  # None: the embeddings, or what is left of their way, see `by_table`
-    gradient: Tensor  # [d_model, batch] at each target's own position, or [prefix, d_model, batch]
-    alone: bool  # whether it is the former
+    gradient: Tensor  # [prefix, d_model, batch]
+    alone: bool  # whether it is [d_model, batch] instead, at each target's own position
     wide: bool = False  # whether it is [prefix, d_model + kv_heads*d_head, batch], to be read by `Sweep.widened`
     by_table: bool = False  # the way of the embeddings through the first attention is still to be taken, by the table
     beside: Tensor | None = None  # of a parallel block then: what reaches the embeddings past attention
@@ -118,7 +118,7 @@ class Sweep:
         """Gradients at every slot from the entry down to the embeddings, or to a slot that lets none by.
 
         entry: targets sorted by position, `groups` the runs of equal ones. Every slot is yielded, whether or not
-        anything is written there. Only positions up to the largest are carried, and are yielded as `prefix`.
+        anything is written there. Only positions up to the last target's are carried.
         """
         state, first = entry.gradient.T.clone(memory_format=torch.contiguous_format), entry.first
         alone, wide, spread = True, False, None

@@ -13,6 +13,8 @@ from replacement import ReplacementModel
 from replacement.activation import JumpReLU, TopK
 from replacement.contributions import LinearEngine
 from replacement.encoding import Route
+from replacement.errors import InputError
+from replacement.neurons import neurons
 from replacement.sites import Place, Slot
 from tests.tiny import ENCODERS, FAMILIES, PROMPT, random_set
 
@@ -173,3 +175,16 @@ def test_rounded_products_say_how_far_they_moved_rows(tiny_model, family):
     moved = (np.abs(found - right).sum(1)[sums > 0] / sums[sums > 0]).max()
     assert 1e-5 < rounded.settings["products_error"] <= 1.01 * moved < 0.1
     assert "products_error" not in exact.settings and rounded.residual <= moved
+
+
+def test_rounded_products_are_refused_where_nothing_would_round(tiny_model):
+    model = tiny_model("llama", "transcoder", "relu", "float32")
+    for given in ({"attention": "gradient"}, {"engine": "autograd"}):
+        with pytest.raises(InputError, match="products 'bfloat16'"):
+            attribute(model, PROMPT, products="bfloat16", **given)
+
+
+def test_neurons_of_another_precision_are_converted(tiny_model):
+    bridge = tiny_model("llama", "neurons", "relu", "float32").bridge
+    graph = attribute(ReplacementModel(bridge, neurons(bridge, torch.float64), name="llama"), PROMPT)
+    assert graph.residual <= 1e-5
