@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from replacement.activation import Activation
-from replacement.dictionary import LinearEncoder
+from replacement.dictionary import LearnedDictionary
 from replacement.encoding import LINEAR, Encoding
 from replacement.errors import InputError
 
 
-class CrossLayerTranscoder(LinearEncoder):
+class CrossLayerTranscoder(LearnedDictionary):
     """`a = act(x_l W_enc^T + b_enc)`; adds `a W_dec[:, j]` at layer `l + j`, and `b_dec` once at layer l."""
 
     KINDS = ("cross_layer_transcoder", "causal_crosscoder")

@@ -11,14 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from replacement.activation import Activation
-from replacement.dictionary import LinearEncoder
+from replacement.dictionary import LearnedDictionary
 from replacement.encoding import LINEAR, Encoding
 from replacement.errors import InputError
 
 _PART = re.compile(r"(?:(?P<model>[\w-]+):)?blocks\.(?P<layer>\d+)\.(?P<site>[\w.]+)")
 
 
-class Crosscoder(LinearEncoder):
+class Crosscoder(LearnedDictionary):
     """`a = act([x_1 .. x_n] W_enc^T + b_enc)`; writes `a W_dec[:, j] + b_dec[j]` at part j.
 
     Its parts are hooks, `blocks.2.hook_resid_post`, with a model's name before them (`tuned:blocks.2...`) where several

@@ -79,10 +79,10 @@ class Dictionary(nn.Module, abc.ABC):
         return 0.0 if self.W_skip is None else x @ self.W_skip.T
 
 
-class LinearEncoder(Dictionary):
-    """A dictionary whose features are made of linear rows, as its encoding says: transcoders of every kind.
+class LearnedDictionary(Dictionary):
+    """A dictionary with weights of its own: SAEs, transcoders and crosscoders, but not the model's neurons.
 
-    Mostly `act(x W_enc^T + b_enc)`, one feature a row.
+    Its encoding says how features are made of encoder rows: `act(x W_enc^T + b_enc)`, one a row, where it is linear.
     """
 
     W_enc: nn.Parameter  # [rows, d_in]

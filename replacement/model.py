@@ -91,7 +91,8 @@ class ReplacementModel:
         model: a shipped model's name, a Hugging Face directory, or a hub id (weights in safetensors).
         dictionaries: a folder, a hub id, the name of a set shipped with the model, or "neurons" (the model's own MLP
             neurons, no training needed), or several of those; None takes the shipped set `transcoders`, or the
-            first where none is called so. Beside other sets, "neurons" takes the MLPs that those leave.
+            first where none is called so. Beside other sets, "neurons" takes the MLPs that those leave, at
+            least one.
         dtype: "float32", "float64", "bfloat16" or "float16".
         device: a torch device, "cpu" or "cuda".
         Raises InputError, one line, where anything is missing, damaged or does not fit.
@@ -101,12 +102,19 @@ class ReplacementModel:
         bridge, folder = load_bridge(model, DTYPES[dtype], device)
         several = isinstance(dictionaries, Sequence) and not isinstance(dictionaries, str)
         wanted: list[Any] = list(dictionaries) if several else [dictionaries]  # type: ignore[arg-type]
-        sets = [formats.load(formats.find(one, folder, str(model))) for one in wanted if str(one) != "neurons"]
-        if any(str(one) == "neurons" for one in wanted):
+        stored = [one for one in wanted if str(one) != "neurons"]
+        sets = [formats.load(formats.find(one, folder, str(model))) for one in stored]
+        if len(stored) < len(wanted):
             compute = torch.float64 if dtype == "float64" else torch.float32
             taken = {slot.layer for slot in Coverage(sets).writes if slot.place is sites.Place.MLP}
             free = [layer for layer in range(len(bridge.blocks)) if layer not in taken]
-            sets += [neurons(bridge, compute, layers=free)] if free else []
+            if not free:
+                pairs = zip(stored, sets, strict=True)
+                names = [str(one) for one, each in pairs if any(place(d) is sites.Place.MLP for d in each)]
+                raise InputError(
+                    f"load(dictionaries='neurons'): every MLP is replaced by {' and '.join(names)}; leave 'neurons' out"
+                )
+            sets.append(neurons(bridge, compute, layers=free))
         made = cls(bridge, sets, name=str(model))
         made.loaded_from = tuple(sets[0].name if one is None else str(one) for one in wanted)
         return made

@@ -10,12 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from replacement.activation import Activation
-from replacement.dictionary import LinearEncoder
+from replacement.dictionary import LearnedDictionary
 from replacement.encoding import LINEAR, Encoding
 from replacement.errors import InputError
 
 
-class Transcoder(LinearEncoder):
+class Transcoder(LearnedDictionary):
     """`y = act(x W_enc^T + b_enc) W_dec + b_dec (+ x W_skip^T)`, one feature per row of `W_enc` and `W_dec`.
 
     Its kind is "sae" where it writes what it reads, else "skip_transcoder" or "transcoder".

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import OPTConfig
 
 from replacement import ReplacementModel, formats
+from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
 from tests.tiny import CONTEXT, FAMILIES, PROMPT, random_set, save_tiny_model
 
@@ -37,6 +38,17 @@ def test_a_folder_loads_with_the_set_inside_it(folder, dtype):
 
 def test_neurons_need_no_dictionaries(folder):
     assert ReplacementModel.load(folder, dictionaries="neurons").local(PROMPT).errors.abs().max() < 1e-5
+
+
+def test_neurons_beside_a_set_take_the_mlps_that_it_leaves(folder):
+    """Where it leaves none, what was asked for would be dropped in silence."""
+    whole = random_set("llama", "skip_transcoder", "relu", CFG)
+    formats.save(DictionarySet({1: whole.by_layer[1]}, "one"), folder / "dictionaries" / "one")
+    model = ReplacementModel.load(folder, dictionaries=["one", "neurons"])
+    assert [one.kind for one in model.coverage] == ["neurons", "skip_transcoder", "neurons"]
+    message = r"^load\(dictionaries='neurons'\): every MLP is replaced by mine; leave 'neurons' out$"
+    with pytest.raises(InputError, match=message):
+        ReplacementModel.load(folder, dictionaries=["neurons", "mine"])
 
 
 def test_text_gets_bos_unless_it_brings_one(tiny_model):

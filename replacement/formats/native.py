@@ -20,7 +20,7 @@ from torch import Tensor
 from replacement.activation import JumpReLU, build_activation
 from replacement.cross_layer import CrossLayerTranscoder
 from replacement.crosscoder import Crosscoder
-from replacement.dictionary import Dictionary, DictionarySet, LinearEncoder
+from replacement.dictionary import Dictionary, DictionarySet, LearnedDictionary
 from replacement.encoding import LINEAR, Encoding, Linear, build_encoding
 from replacement.errors import InputError
 from replacement.formats.tensors import read_tensors, require_known, take
@@ -32,7 +32,7 @@ EXPECTS = "config.json that says circuits-dictionaries"
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
 ROUTER = ("W_router", "b_router")
-_CLASS_OF: dict[str, type[LinearEncoder]] = {
+_CLASS_OF: dict[str, type[LearnedDictionary]] = {
     kind: of for of in (Transcoder, CrossLayerTranscoder) for kind in of.KINDS
 } | {Crosscoder.kind: Crosscoder}
 _DECODER_AXES = {Transcoder: 2, CrossLayerTranscoder: 3, Crosscoder: 3}
@@ -63,7 +63,7 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     entries = []
     for dictionary in dictionaries:
-        if not isinstance(dictionary, LinearEncoder) or dictionary.kind not in _CLASS_OF:
+        if not isinstance(dictionary, LearnedDictionary) or dictionary.kind not in _CLASS_OF:
             raise InputError(
                 f"save: dictionaries of kind {dictionary.kind!r} are not stored; known: {', '.join(_CLASS_OF)}"
             )
@@ -159,7 +159,7 @@ def _encoding(entry: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> 
     return encoding
 
 
-def _stored(dictionary: LinearEncoder, dtype: torch.dtype) -> dict[str, Tensor]:
+def _stored(dictionary: LearnedDictionary, dtype: torch.dtype) -> dict[str, Tensor]:
     """The dictionary's tensors in `dtype`; thresholds decide what fires, and are never rounded."""
     kept = {name: getattr(dictionary, name) for name in TENSORS if getattr(dictionary, name) is not None}
     kept |= dict(dictionary.encoding.named_parameters())

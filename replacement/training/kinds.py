@@ -22,7 +22,7 @@ from torch import Tensor
 from replacement.activation import Activation
 from replacement.cross_layer import CrossLayerTranscoder
 from replacement.crosscoder import Crosscoder
-from replacement.dictionary import LinearEncoder
+from replacement.dictionary import LearnedDictionary
 from replacement.encoding import Encoding
 from replacement.errors import InputError
 from replacement.sites import hook_name
@@ -115,7 +115,7 @@ def sites(planned: Sequence[Plan]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for plan in planned for name in (*plan.reads, *plan.writes)))
 
 
-def build(plan: Plan, weights: Weights) -> LinearEncoder:
+def build(plan: Plan, weights: Weights) -> LearnedDictionary:
     """The dictionary of a plan, for inference."""
     read, write = (_site(names[0]) for names in (plan.reads, plan.writes))
     if len(plan.reads) > 1:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from replacement.dictionary import LinearEncoder
+from replacement.dictionary import LearnedDictionary
 from replacement.errors import InputError
 from replacement.training import kinds
 from replacement.training.coder import Coder, Pass
@@ -188,7 +188,7 @@ class Trainee(nn.Module):
             coder.calibrate(self.read(coder, activations))
 
     @torch.no_grad()
-    def dictionaries(self) -> list[LinearEncoder]:
+    def dictionaries(self) -> list[LearnedDictionary]:
         """The same maps on unscaled activations: input scales in the encoders, output scales in the decoders.
 
         Of several processes the first one gets them, whole, the others none; all have to ask.
@@ -229,7 +229,7 @@ class Trainee(nn.Module):
         norm = (self.mesh.features.total(spread) + alike).sqrt()
         nn.utils.clip_grads_with_norm_(held, longest, norm)
 
-    def _dictionary(self, coder: Coder, exported: Exported, W_dec: Tensor) -> LinearEncoder:
+    def _dictionary(self, coder: Coder, exported: Exported, W_dec: Tensor) -> LearnedDictionary:
         per_part = coder.W_enc.shape[1] // len(coder.plan.reads)
         into = torch.stack([self.scale_of(name) for name in coder.plan.reads]).repeat_interleave(per_part)
         out = torch.stack([self.scale_of(name) for name in coder.plan.writes])

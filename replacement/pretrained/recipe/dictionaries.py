@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from replacement import formats
 from replacement.activation import Activation, JumpReLU
 from replacement.cross_layer import CrossLayerTranscoder
-from replacement.dictionary import Dictionary, DictionarySet, LinearEncoder
+from replacement.dictionary import Dictionary, DictionarySet, LearnedDictionary
 from replacement.encoding import Linear
 from replacement.errors import InputError
 from replacement.pretrained import directory
@@ -166,7 +166,7 @@ def _profiles(model: ReplaceableLlama, dictionaries: Sequence[Dictionary]) -> li
     return found
 
 
-def keep_features(dictionary: LinearEncoder, features: Int[Tensor, " n"]) -> LinearEncoder:
+def keep_features(dictionary: LearnedDictionary, features: Int[Tensor, " n"]) -> LearnedDictionary:
     """The dictionary without all other features: the same map where those never fire.
 
     Raises `InputError` where features are not one encoder row each.
@@ -184,7 +184,7 @@ def keep_features(dictionary: LinearEncoder, features: Int[Tensor, " n"]) -> Lin
     return Transcoder(**given, W_skip=None if dictionary.W_skip is None else dictionary.W_skip.detach())
 
 
-def _activation_of(dictionary: LinearEncoder, features: Int[Tensor, " n"]) -> Activation:
+def _activation_of(dictionary: LearnedDictionary, features: Int[Tensor, " n"]) -> Activation:
     activation = dictionary.activation
     if isinstance(activation, JumpReLU) and activation.threshold.ndim:
         return JumpReLU(activation.threshold.detach()[features])
