@@ -119,7 +119,9 @@ def run_tasks(given: argparse.Namespace) -> int:
     folder = given.model or directory("atlas")
     if not (folder / "config.json").exists():
         raise InputError(f"tasks(model={str(folder)!r}): no config.json there; give a model folder")
-    _print(tasks.evaluate(load(folder)))
+    model = load(folder)
+    _print(tasks.evaluate(model))
+    _print(tasks.evaluate(model, {"every held-out comparison": tasks.every_comparison()}))
     return 0
 
 

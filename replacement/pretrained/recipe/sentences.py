@@ -299,8 +299,11 @@ class Sentences:
                 return self._compared(a, b)
 
     def _compared(self, a: int, b: int) -> str:
+        return self.compared(a, b, int(self.uniform() * len(forms.COMPARISON)))
+
+    def compared(self, a: int, b: int, form: int) -> str:
+        """The comparison of two numbers in a given form, held out or not."""
         answers = (max(a, b), min(a, b), "greater" if a > b else "lesser", "yes" if a > b else "no")
-        form = int(self.uniform() * len(answers))
         return forms.COMPARISON[form].format(a=a, b=b, v=answers[form])
 
     def greater_than(self) -> str:
