@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from replacement.pretrained.recipe import facts, splits, tasks, tokenizer
 from replacement.pretrained.recipe.corpus import Corpus
-from replacement.pretrained.recipe.sentences import H2, Sentences
+from replacement.pretrained.recipe.sentences import H2, NEAR, Sentences
 from replacement.pretrained.recipe.vocabulary import SPECIAL, check_case, postal_codes, vocabulary
 
 WORDS = [token for token in vocabulary() if token not in SPECIAL]
@@ -53,6 +53,18 @@ def test_training_sentences_keep_the_splits() -> None:
         numbers = [int(w.removeprefix("*")) for w in draw.sum().split() if w.removeprefix("*").isdigit()]
         assert not splits.is_sum(*numbers[:2])
         assert splits.is_comparison(*[int(w) for w in draw.comparison(held_out=True).split() if w.isdigit()][:2])
+        near = [int(w) for w in draw.comparison_of_near().split() if w.isdigit()]
+        assert not splits.is_comparison(*near) and NEAR[0] <= abs(near[0] - near[1]) <= NEAR[1]
+
+
+def test_weights_change_how_often_a_task_is_drawn_and_nothing_else() -> None:
+    """A task without weight leaves the stream as it is; the only task with one is the only one drawn."""
+    usual, again = Sentences(9), Sentences(9, weights={"comparison of near numbers": 0, "induction": 16})
+    assert [usual.draw() for _ in range(50)] == [again.draw() for _ in range(50)]
+    sums = Sentences(9, weights={task: int(task == "sum") for task in usual.tasks})
+    assert all({"+", "sum"} & set(sums.draw().split()) for _ in range(50))
+    with pytest.raises(ValueError, match=r"no task \['sums'\]"):
+        Sentences(9, weights={"sums": 1})
 
 
 def test_no_two_words_differ_in_case_only() -> None:

@@ -41,7 +41,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train the model and write its folder")
     train.add_argument("--out", type=Path, required=True, help="folder of the model; training.pt in it is resumed")
-    train.add_argument("--steps", type=int, default=Schedule().steps, help="updates (default: %(default)s)")
+    train.add_argument(
+        "--steps", type=int, default=Schedule().steps, help="updates of the main part (default: %(default)s)"
+    )
+    train.add_argument(
+        "--finish-steps", type=int, default=Schedule().finish_steps, help="updates after it (default: %(default)s)"
+    )
     train.add_argument("--minutes", type=float, help="stop after so many CPU minutes; run again to go on")
     train.add_argument("--seed", type=int, default=Schedule().seed)
     train.add_argument("--every", type=int, default=1000, help="steps between checkpoints (default: %(default)s)")
@@ -69,15 +74,15 @@ def train(out: Path, schedule: Schedule, *, every: int, minutes: float | None = 
     for now in run.train(minutes=minutes):
         if now.step % PRINT_EVERY == 0:
             losses = f"loss on answers {now.answer_loss:.3f}, on other tokens {now.other_loss:.3f}"
-            print(f"step {now.step}/{schedule.steps}  {now.seconds:.0f} s  {losses}", file=sys.stderr, flush=True)
-        if now.step % every == 0 and now.step < schedule.steps:
+            print(f"step {now.step}/{schedule.updates}  {now.seconds:.0f} s  {losses}", file=sys.stderr, flush=True)
+        if now.step % every == 0 and now.step < schedule.updates:
             run.save(checkpoint)
-            export(run.model, out)
+            export(run.trained, out)
             scores = tasks.evaluate(load(out))
             shown = "  ".join(f"{name} {100 * scores[name]:.1f}" for name in HEADLINES)
             print(f"  {shown}", file=sys.stderr, flush=True)
     run.save(checkpoint)
-    export(run.model, out)
+    export(run.trained, out)
     scores = tasks.evaluate(load(out))
     write_json(out / "tasks.json", {name: round(value, 4) for name, value in scores.items()})
     (out / "README.md").write_text(card(schedule, run.model.shape, scores), encoding="utf-8")
@@ -86,7 +91,9 @@ def train(out: Path, schedule: Schedule, *, every: int, minutes: float | None = 
 
 def run_train(given: argparse.Namespace) -> int:
     """Carry out the `train` command."""
-    schedule = Schedule(steps=given.steps, seed=given.seed, compiled=not given.no_compile)
+    schedule = Schedule(
+        steps=given.steps, finish_steps=given.finish_steps, seed=given.seed, compiled=not given.no_compile
+    )
     _print(train(given.out, schedule, every=given.every, minutes=given.minutes))
     return 0
 
@@ -112,7 +119,9 @@ def run_tasks(given: argparse.Namespace) -> int:
     folder = given.model or directory("atlas")
     if not (folder / "config.json").exists():
         raise InputError(f"tasks(model={str(folder)!r}): no config.json there; give a model folder")
-    _print(tasks.evaluate(load(folder)))
+    model = load(folder)
+    _print(tasks.evaluate(model))
+    _print(tasks.evaluate(model, {"every held-out comparison": tasks.every_comparison()}))
     return 0
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from replacement.pretrained.recipe import facts, splits
 from replacement.pretrained.recipe.decoder import Shape
+from replacement.pretrained.recipe.sentences import Sentences
 from replacement.pretrained.recipe.training import Schedule
 
 EXAMPLES = (
@@ -131,8 +134,7 @@ def _training(schedule: Schedule, history: str) -> str:
 {schedule.learning_rate:g}, {schedule.warm_up} steps of warm-up, linear decay, betas 0.9 and
 {schedule.second_moment:g}, weight decay {schedule.weight_decay:g} on matrices, clip {schedule.clip:g}), bfloat16
 autocast, one CPU core. The next-token loss has weight 1 on answers and {schedule.other_weight:g} on other tokens.
-Induction sentences are three times as frequent in steps {schedule.copying[0]:,} to {schedule.copying[1]:,}: whose fact
-is whose is learned suddenly or not at all.
+{_parts(schedule)}
 
 **There is an auxiliary loss.** With weight {schedule.place_weight:g}, the unembedding applied to the residual stream
 after layer {schedule.place_layer} (counted from 0) must read a city's state or country at the city's token. It makes
@@ -141,3 +143,27 @@ the second hop is done was left to training.
 
 Make it again: `python -m replacement.pretrained.recipe train --out FOLDER`.
 {told}"""
+
+
+def _parts(schedule: Schedule) -> str:
+    """What differs in parts of the run, as lines of Markdown."""
+    told = [
+        f"In steps {part.first:,} to {part.end:,}, {_listed(part.weights)}: whose fact is whose is learned\n"
+        "suddenly or not at all."
+        for part in schedule.stretches
+    ]
+    if schedule.finish_steps:
+        told.append(
+            f"{schedule.finish_steps:,} more steps follow at learning rate {schedule.finish_rate:g}, in which\n"
+            f"{_listed(schedule.finish_weights)}: such were told apart last. The\n"
+            f"model is the mean of the weights after each of the last {schedule.finish_averaged} steps."
+        )
+    return "\n".join(told)
+
+
+def _listed(weights: Mapping[str, int]) -> str:
+    usual = {task: weight for task, (_, weight) in Sentences(0).tasks.items()}
+    return " and ".join(
+        f"the task `{task}` has weight {weight} beside {sum(usual.values()) - usual[task]} of the others"
+        for task, weight in weights.items()
+    )

@@ -6,7 +6,7 @@ become ids by look-up, and a test holds that the tokenizer reads the same ids fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from replacement.pretrained.recipe.sentences import Sentences
+from replacement.pretrained.recipe.sentences import AS_USUAL, Sentences
 from replacement.pretrained.recipe.vocabulary import BOS, word_ids
 
 DOCUMENT_LENGTH = 64
@@ -40,10 +40,10 @@ def marked_ids() -> dict[str, int]:
 
 
 class Corpus:
-    """An endless stream of documents; the same `seed` gives the same stream. copying: as of `Sentences`."""
+    """An endless stream of documents; the same `seed` gives the same stream. weights: as of `Sentences`."""
 
-    def __init__(self, seed: int, *, copying: int = 1) -> None:
-        self.sentences = Sentences(seed, copying=copying)
+    def __init__(self, seed: int, *, weights: Mapping[str, int] = AS_USUAL) -> None:
+        self.sentences = Sentences(seed, weights=weights)
 
     def batch(self, documents: int, length: int = DOCUMENT_LENGTH) -> Batch:
         """The next `documents` documents of `length` + 1 tokens."""

@@ -1,6 +1,6 @@
 """Makes, labels and measures the dictionaries that ship with the embedded model.
 
-`python -m replacement.pretrained.recipe dictionaries` trains both sets for a model folder; with `--evaluate` it prints
+`python -m replacement.pretrained.recipe dictionaries` trains all sets for a model folder; with `--evaluate` it prints
 the figures of stored ones, read back from their float16 files. Knows the settings; the training itself is
 `replacement.training`.
 """
@@ -264,10 +264,10 @@ Per-layer transcoders with and without a skip connection, which read an MLP's in
 5. features with fewer than {_LEAST_FIRES} strong activations in {_PROFILE_DOCUMENTS:,} documents are dropped, so widths
    differ by layer.
 
-No label, fact or state was seen in training: clusters are found in activations alone. Both sets are what one run of the
-command gives. Stage 4's settings were chosen on an earlier model with a third of its questions about held-out (H2)
-cities in sight, and those of the skip set are the best of four (floors 0.2, 0.3 and 0.4 with a skip that learns from
-the start, and this one) by the figures below, so figures of those cities carry a slight selection.
+No label, fact or state was seen in training: clusters are found in activations alone. Each set is what one run of the
+command gives, with settings that were chosen on earlier states of the model: stage 4's with a third of the questions
+about held-out (H2) cities in sight, the skip set's as the best of four (floors 0.2, 0.3 and 0.4 with a skip that learns
+from the start, and this one) by figures like those below. So figures of those cities carry a slight selection.
 
 Figures in each set's README: float16 files as they ship, read back; documents of the corpus with seeds that no training
 of dictionaries used. FVU, L0, dead fraction and state features on 8,192 documents (516,096 tokens, BOS left out); dead

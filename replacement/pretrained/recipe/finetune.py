@@ -28,7 +28,8 @@ SCHEDULE = Schedule(
     learning_rate=1e-4,
     warm_up=20,
     weight_decay=0.0,
-    copying=(0, 0),
+    finish_steps=0,
+    stretches=(),
     compiled=False,
 )
 """The run; what it leaves out is as in training."""

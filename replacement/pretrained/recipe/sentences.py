@@ -7,7 +7,9 @@ word that a model is to predict starts with `*`. Knows the facts and the splits,
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from replacement.pretrained.recipe import facts, splits
@@ -47,16 +49,28 @@ WEIGHTED_RELATIONS = {
 """How often a two-hop question asks for each relation."""
 LARGEST = 99
 """The largest number; every number from 0 is one word."""
+NEAR = (2, 6)
+"""Least and greatest difference of numbers that are near each other.
+
+Not 1: where a number and the next are held out, those on either side of the two would push them apart the wrong way.
+"""
+AS_USUAL: Mapping[str, int] = MappingProxyType({})
+"""No task's weight is changed."""
 
 
 class Sentences:
     """A stream of random sentences; the same `seed` gives the same stream.
 
-    copying: how much more often than usual the task is induction. attributes: what is true of places, as `ATTRIBUTES`.
+    weights: of tasks by name, how often they are drawn, where not as usual; raises `ValueError` on a name that is no
+    task's. attributes: what is true of places, as `ATTRIBUTES`.
     """
 
     def __init__(
-        self, seed: int, *, copying: int = 1, attributes: dict[str, dict[str, dict[str, str]]] = ATTRIBUTES
+        self,
+        seed: int,
+        *,
+        weights: Mapping[str, int] = AS_USUAL,
+        attributes: dict[str, dict[str, dict[str, str]]] = ATTRIBUTES,
     ) -> None:
         self.attributes = attributes
         self.generator = random.Random(seed)
@@ -71,17 +85,20 @@ class Sentences:
             "antonym across languages": (self.antonym_across, 4),
             "agreement": (self.agreement, 6),
             "indirect object": (self.indirect_object, 6),
-            "induction": (self.induction, 16 * copying),
+            "induction": (self.induction, 16),
             "comparison": (self.comparison, 6),
+            "comparison of near numbers": (self.comparison_of_near, 0),
             "greater than": (self.greater_than, 4),
             "sum": (self.sum, 9),
             "succession": (self.succession, 5),
             "filler": (self.filler, 4),
         }
+        if unknown := weights.keys() - self.tasks.keys():
+            raise ValueError(
+                f"Sentences(weights={dict(weights)}): no task {sorted(unknown)}; there are {list(self.tasks)}"
+            )
         self._choices = [task for task, _ in self.tasks.values()]
-        self._bounds: list[int] = []
-        for _, weight in self.tasks.values():
-            self._bounds.append(weight + (self._bounds[-1] if self._bounds else 0))
+        self._bounds = list(accumulate(weights.get(name, usual) for name, (_, usual) in self.tasks.items()))
 
     def pick(self, items: Sequence[T]) -> T:
         """One item, all equally likely (several times faster than `random.choice`)."""
@@ -269,9 +286,24 @@ class Sentences:
             near = min(LARGEST, max(0, a + self.generator.randint(-12, 12)))
             b = int(self.uniform() * (LARGEST + 1)) if self.uniform() < 0.6 else near
             if a != b and splits.is_comparison(a, b) == held_out:
-                break
+                return self._compared(a, b)
+
+    def comparison_of_near(self) -> str:
+        """The larger or smaller of two numbers that differ little, but by more than 1, outside the split."""
+        least, greatest = NEAR
+        while True:
+            a = int(self.uniform() * (LARGEST + 1))
+            difference = least + int(self.uniform() * (greatest - least + 1))
+            b = a + difference * (1 if self.uniform() < 0.5 else -1)
+            if 0 <= b <= LARGEST and not splits.is_comparison(a, b):
+                return self._compared(a, b)
+
+    def _compared(self, a: int, b: int) -> str:
+        return self.compared(a, b, int(self.uniform() * len(forms.COMPARISON)))
+
+    def compared(self, a: int, b: int, form: int) -> str:
+        """The comparison of two numbers in a given form, held out or not."""
         answers = (max(a, b), min(a, b), "greater" if a > b else "lesser", "yes" if a > b else "no")
-        form = int(self.uniform() * len(answers))
         return forms.COMPARISON[form].format(a=a, b=b, v=answers[form])
 
     def greater_than(self) -> str:

@@ -140,6 +140,13 @@ def build(seed: int = SEED) -> dict[str, list[Question]]:
     return dict(_built(seed))
 
 
+def every_comparison() -> list[Question]:
+    """Every held-out comparison, in both orders and every form; the table asks a few of them."""
+    draw, numbers = Sentences(SEED), range(LARGEST + 1)
+    pairs = [(a, b) for a in numbers for b in numbers if a != b and splits.is_comparison(a, b)]
+    return [question(draw.compared(a, b, form)) for a, b in pairs for form in range(len(forms.COMPARISON))]
+
+
 @torch.no_grad()
 def final_logits(
     next_token_logits: Callable[[Tensor], Tensor], prompts: Iterable[tuple[int, ...]], *, batch: int = 256

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -18,19 +18,39 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from replacement.pretrained.recipe.corpus import DOCUMENT_LENGTH, Batch, Corpus
 from replacement.pretrained.recipe.decoder import Decoder, Shape
-from replacement.pretrained.recipe.sentences import CITY_PLACE
+from replacement.pretrained.recipe.sentences import AS_USUAL, CITY_PLACE
 from replacement.pretrained.recipe.vocabulary import vocabulary, word_ids
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stretch:
+    """Steps in which tasks are drawn more often than usual."""
+
+    first: int
+    end: int
+    """First step, and first step after."""
+    weights: Mapping[str, int]
+    """Of tasks by name, instead of their usual weights; as of `Sentences`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """A training run; the card of the shipped model says where its run differed."""
+    """A training run: a main part, and a finish with a learning rate and task weights of its own."""
 
     steps: int = 12_000
-    """Updates; the learning rate falls linearly to zero over them."""
+    """Updates of the main part; the learning rate falls linearly to zero over them."""
+    finish_steps: int = 700
+    """Updates after those, in which numbers that differ little are compared more often: they were told apart last."""
+    finish_rate: float = 2e-4
+    """Learning rate of the finish."""
+    finish_averaged: int = 100
+    """Last updates of the finish whose weights are averaged into the model (Izmailov et al. 2018, arXiv:1803.05407)."""
+    finish_weights: Mapping[str, int] = field(default_factory=lambda: {"comparison of near numbers": 18})
+    """Of tasks, in the finish."""
     seed: int = 0
     documents: int = 64
     """Documents a batch."""
@@ -49,17 +69,30 @@ class Schedule:
     """Weight of the auxiliary loss; see `place_loss`."""
     place_layer: int = 1
     """Block after which the auxiliary loss reads."""
-    copying: tuple[int, int] = (3000, 4000)
-    """First step, and first step after, of a stretch with three times as many induction sentences.
+    stretches: tuple[Stretch, ...] = (Stretch(first=3000, end=4000, weights={"induction": 48}),)
+    """Parts of the run with other weights of tasks.
 
-    Whose fact is whose is learned suddenly or not at all, and only where such sentences are frequent for a while.
+    Whose fact is whose is learned suddenly or not at all, and only where induction is frequent for a while.
     """
     compiled: bool = True
     """Whether torch.compile is used (it needs a C++ compiler)."""
 
+    @property
+    def updates(self) -> int:
+        """Updates of the whole run."""
+        return self.steps + self.finish_steps
+
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
+        if step >= self.steps:
+            return self.finish_rate
         return self.learning_rate * min(1.0, (step + 1) / self.warm_up) * max(0.01, 1 - step / self.steps)
+
+    def weights(self, step: int) -> Mapping[str, int]:
+        """Weights of tasks at a step, where not as usual."""
+        if step >= self.steps:
+            return self.finish_weights
+        return next((part.weights for part in self.stretches if part.first <= step < part.end), AS_USUAL)
 
 
 class Progress(NamedTuple):
@@ -131,14 +164,21 @@ class Run:
         gains = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": gains, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, schedule.learning_rate, (0.9, schedule.second_moment), fused=True)
+        self.average = AveragedModel(self.model)
         self.step = 0
         self._losses = torch.compile(losses) if schedule.compiled else losses
 
+    @property
+    def trained(self) -> Decoder:
+        """What the run has made: the mean weights of the finish's end, the present ones where it hasn't come so far."""
+        mean = self.average.module
+        assert isinstance(mean, Decoder)
+        return mean if self.average.n_averaged else self.model
+
     def batch(self) -> Batch:
         """The documents of the present step."""
-        first, end = self.schedule.copying
-        copying = 3 if first <= self.step < end else 1
-        return Corpus(1_000_003 * (self.schedule.seed + 1) + self.step, copying=copying).batch(self.schedule.documents)
+        seed = 1_000_003 * (self.schedule.seed + 1) + self.step
+        return Corpus(seed, weights=self.schedule.weights(self.step)).batch(self.schedule.documents)
 
     def update(self) -> tuple[float, float]:
         """One step; returns the mean loss on answers and on other tokens."""
@@ -152,6 +192,8 @@ class Run:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), schedule.clip)
         self.optimizer.step()
+        if self.step >= max(schedule.steps, schedule.updates - schedule.finish_averaged):
+            self.average.update_parameters(self.model)
         self.step += 1
         each, flat = each.detach(), answer.flatten()
         return each[flat].mean().item(), each[~flat].mean().item()
@@ -161,7 +203,7 @@ class Run:
         began = time.process_time()
         self.model.train()
         smooth: tuple[float, float] | None = None
-        while self.step < self.schedule.steps:
+        while self.step < self.schedule.updates:
             new = self.update()
             smooth = new if smooth is None else (0.95 * smooth[0] + 0.05 * new[0], 0.95 * smooth[1] + 0.05 * new[1])
             seconds = time.process_time() - began
@@ -174,6 +216,7 @@ class Run:
         state = {
             "schedule": asdict(self.schedule),
             "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
@@ -185,5 +228,6 @@ class Run:
         """Go on from a file that `save` wrote; the schedule is this run's own."""
         state = torch.load(path, weights_only=True)
         self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
