@@ -6,6 +6,8 @@ import dataclasses
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +22,13 @@ from circuits.settings import fields
 from graphs import AttributionGraph
 from replacement import formats
 from replacement.loading import load_bridge
-from replacement.training import TrainingConfig, plans
+from replacement.training import TrainingConfig, plans, reconstruction
 from replacement.training.bridge import ReplaceableBridge
+from replacement.training.checkpoint import write_checkpoint
 from replacement.training.config import KINDS
+from replacement.training.data import BridgeActivations
 from replacement.training.kinds import sites
+from replacement.training.run import run
 from tests.tiny import PROMPT, save_tiny_model
 
 SMALL = ["--features", "32", "--k", "4", "--batch-tokens", "128", "--buffer-bytes", "200000", "--context", "16"]
@@ -106,6 +111,81 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (killed / path.name).read_bytes(), path.name
     logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (whole, killed)]
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
+
+
+def dictionaries_of(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+
+
+def test_a_cache_stands_for_the_model(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """In bfloat16 the bytes of a run without one, also of later runs, which run no model, of other kinds and sizes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    more, cached = ["--tokens", "2560"], ["--cache", str(tmp_path / "activations")]
+    assert main(command(place, tmp_path / "live", *more)) == 0
+    capsys.readouterr()
+    assert main(command(place, tmp_path / "first", *more, *cached)) == 0
+    assert re.search(
+        r"cache .* tokens in .*activations as bfloat16, FVU lost by that <= \d\.\de-0[5-7]\n", capsys.readouterr().out
+    )
+    clt = ["--kind", "clt", "--tokens", "1280"]
+    assert main(command(place, tmp_path / "live-clt", *clt)) == 0
+    with monkeypatch.context() as context:
+        context.setattr(BridgeActivations, "harvest", None)
+        assert main(command(place, tmp_path / "second", *more, *cached)) == 0
+        assert main(command(place, tmp_path / "clt", *clt, *cached)) == 0
+    live = dictionaries_of(tmp_path / "live")
+    assert len(live) == 3 and live == dictionaries_of(tmp_path / "first") == dictionaries_of(tmp_path / "second")
+    assert dictionaries_of(tmp_path / "live-clt") == dictionaries_of(tmp_path / "clt")
+    longer = ["--tokens", "3840"]  # what the cache lacks is added
+    assert main(command(place, tmp_path / "live-longer", *longer)) == 0
+    assert main(command(place, tmp_path / "longer", *longer, *cached)) == 0
+    assert dictionaries_of(tmp_path / "live-longer") == dictionaries_of(tmp_path / "longer")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8_token", "int8_channel"])
+def test_a_stopped_run_on_a_cache_goes_on_bit_for_bit(dtype: str, place: Path, tmp_path: Path, monkeypatch) -> None:
+    """Also where the cache that it began on is gone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bridge, _ = load_bridge(place / "model", torch.float32, "cpu")
+    settings = {"model": "model", "data": str(place / "text.txt"), "context": 16, "checkpoint_every": 10}
+    settings |= {"cache": tmp_path / "activations", "cache_dtype": dtype, "show_progress": False}
+    settings["config"] = TrainingConfig(n_features=32, k=4, batch_tokens=128, buffer_bytes=200_000, tokens=3840)
+    whole = run(bridge, out=tmp_path / "whole", **settings)
+    assert whole.cache.dtype == dtype and whole.cache.tokens >= 3840 + 128
+    assert all((0 < fvu < 1e-3) if dtype != "float32" else fvu == 0 for fvu in whole.cache.fvu.values())
+
+    def write(*arguments, step: int, **rest) -> None:
+        write_checkpoint(*arguments, step=step, **rest)
+        if step == 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(reconstruction, "write_checkpoint", write)
+        run(bridge, out=tmp_path / "stopped", **settings)
+    shutil.rmtree(tmp_path / "activations")
+    run(bridge, out=tmp_path / "stopped", **settings)
+    assert dictionaries_of(tmp_path / "whole") == dictionaries_of(tmp_path / "stopped")
+
+
+def test_a_cache_of_something_else_is_refused(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """In one line, before the run has a folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cached = ["--tokens", "128", "--cache", str(tmp_path / "activations")]
+    assert main(command(place, tmp_path / "run", *cached)) == 0
+    for more, words in {
+        ("--kind", "sae"): "sites blocks.0.mlp.hook_in",
+        ("--seed", "1"): "of other weights, texts, rows or seed",
+        ("--context", "12"): "of other weights, texts, rows or seed",
+        ("--cache-dtype", "int8_token"): "holds other activations (dtype bfloat16); pass another folder",
+        ("--cache-dtype", "int4"): "(dtype='int4'): needs one of bfloat16, float32, int8_token, int8_channel",
+        ("--cache", str(place)): "holds model, and no activations; pass a new folder",
+    }.items():
+        capsys.readouterr()
+        assert main(command(place, tmp_path / "other", *cached, *more)) == 2
+        err = capsys.readouterr().err
+        assert words in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "other").exists()
+    assert main(command(place, tmp_path / "other", "--cache-dtype", "float32")) == 2
+    assert "is how a cache keeps activations; pass cache, or leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from replacement.training.data import CachedActivations, cache, storage, storage
 from replacement.training.data.storage import DTYPES
 
 WIDTHS = {"blocks.0.mlp.hook_in": 12, "blocks.0.mlp.hook_out": 5}
-SETTINGS = {"model": "toy", "fingerprint": "f"}
+SETTINGS = {"model": "toy", "fingerprint": "f", "dtype": "bfloat16"}
+EXACT = {**SETTINGS, "dtype": "float32"}
 
 
 class Toy:
@@ -51,7 +52,7 @@ def files(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_stored_batches_are_the_sources_up_to_rounding(tmp_path: Path, dtype: str, shard_bytes: int):
     """bfloat16 keeps 8 bits; int8 is off by half a step of its token's or channel's largest number / 127."""
-    stored = write_activations(Toy(), tmp_path, batches=7, dtype=dtype, shard_bytes=shard_bytes, **SETTINGS)
+    stored = write_activations(Toy(), tmp_path, batches=7, shard_bytes=shard_bytes, **{**SETTINGS, "dtype": dtype})
     assert stored.sites == Toy.sites and stored.n_batches == 7
     assert stored.index.tokens == sum(20 + index % 3 for index in range(7))
     assert stored.index.sites == WIDTHS
@@ -74,7 +75,8 @@ def test_stored_batches_are_the_sources_up_to_rounding(tmp_path: Path, dtype: st
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_cost_of_storage_is_the_fvu_of_what_comes_back(tmp_path: Path, dtype: str):
-    stored = write_activations(Toy(), tmp_path, batches=3, dtype=dtype, **SETTINGS)
+    stored = write_activations(Toy(), tmp_path, batches=3, **{**SETTINGS, "dtype": dtype})
+    assert stored.index.fvu == {cost.site: cost.fvu for cost in storage_cost(Toy(), dtype=dtype, batches=3)}
     for cost in storage_cost(Toy(), dtype=dtype, batches=3):
         x, kept = (torch.cat([s.batch(i)[cost.site] for i in range(3)]).double() for s in (Toy(), stored))
         fvu = (x - kept).square().sum() / (x - x.mean(0)).square().sum()
@@ -111,8 +113,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bytes(tmp_path: Path, stop_at
 
 
 def test_a_folder_grows_when_more_batches_are_asked_for(tmp_path: Path):
-    write_activations(Toy(), tmp_path, batches=3, dtype="float32", **SETTINGS)
-    grown = write_activations(Toy(stop_at=0), tmp_path, batches=8, dtype="float32", **SETTINGS)
+    write_activations(Toy(), tmp_path, batches=3, **EXACT)
+    grown = write_activations(Toy(stop_at=0), tmp_path, batches=8, **EXACT)
     for index in range(8):
         assert all(torch.equal(x, grown.batch(index)[site]) for site, x in Toy().batch(index).items())
 
@@ -121,8 +123,8 @@ def test_a_killed_process_leaves_whole_shards_only(tmp_path: Path):
     """SIGKILL at two moments; what is there can be read, and the run goes on."""
     code = f"""
 from pathlib import Path
-from tests.test_replacement_training_data_cache import SETTINGS, Toy, write_activations
-write_activations(Toy(), Path({str(tmp_path)!r}), batches=4000, shard_bytes=3000, dtype="float32", **SETTINGS)
+from tests.test_replacement_training_data_cache import EXACT, Toy, write_activations
+write_activations(Toy(), Path({str(tmp_path)!r}), batches=4000, shard_bytes=3000, **EXACT)
 """
     root = Path(__file__).parents[1]
     for moment in (0.05, 0.3):
@@ -165,7 +167,10 @@ def test_activations_that_are_not_finite_are_told_and_the_shards_before_stay(tmp
     ("changes", "message"),
     [
         ({"dtype": "float32"}, r"holds other activations \(dtype bfloat16\); pass another folder, or delete it"),
-        ({"model": "other", "fingerprint": "g"}, r"\(model toy; fingerprint f\)"),
+        (
+            {"model": "other", "fingerprint": "g"},
+            r"\(model toy; fingerprint f, of other weights, texts, rows or seed\)",
+        ),
         ({"dtype": "int4"}, r"write_activations\(dtype='int4'\): needs one of bfloat16, float32, int8_token"),
         ({"batches": 0}, "both must be above 0"),
     ],
@@ -182,6 +187,13 @@ def test_other_sites_are_refused(tmp_path: Path):
     other.sites = ("blocks.0.mlp.hook_in",)
     with pytest.raises(InputError, match=r"holds other activations \(sites blocks.0.mlp.hook_in, blocks.0.mlp.hook_o"):
         write_activations(other, tmp_path, batches=3, **SETTINGS)
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("dear")
+    with pytest.raises(InputError, match=r"holds thesis.txt, and no activations; pass a new folder"):
+        write_activations(Toy(), tmp_path, batches=2, **SETTINGS)
+    assert set(files(tmp_path)) == {"thesis.txt"}
 
 
 def test_a_damaged_folder_gets_one_line(tmp_path: Path):

@@ -34,6 +34,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add(model, RUN, "--text-field", "of JSON objects", metavar="NAME")
     add(model, RUN, "--context", "tokens of a row, at most the model's", type=int, metavar="N")
+    text = "folder that keeps activations: what it lacks is written, what it has is read and the model not run for it"
+    add(model, RUN, "--cache", text, type=Path, metavar="DIR")
+    text = "how a cache keeps them: bfloat16, float32, int8_token or int8_channel"
+    add(model, RUN, "--cache-dtype", text, metavar="NAME")
     add(model, LOAD, "--dtype", "float32, float64, bfloat16 or float16")
     add(model, LOAD, "--device", "a torch device such as cpu or cuda")
     what = parser.add_argument_group("dictionaries and training")
@@ -106,6 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
             end_to_end=last if arguments.end_to_end else None,
             context=arguments.context,
             text_field=arguments.text_field,
+            cache=arguments.cache,
+            cache_dtype=arguments.cache_dtype,
             dashboards=arguments.log,
             show_progress=not arguments.json,
             mesh=mesh,
@@ -117,11 +123,17 @@ def run(arguments: argparse.Namespace) -> None:
 def _report(finished: Finished, arguments: argparse.Namespace, seconds: float) -> None:
     from replacement.sites import WRITES
 
-    last = finished.end_to_end or finished.reconstruction
+    last, cache = finished.end_to_end or finished.reconstruction, finished.cache
     if arguments.json:
         figures = None if last is None else last._asdict()
-        print_json({"folder": str(finished.folder), "last": figures, "seconds": round(seconds, 3)})
+        kept = {} if cache is None else {"tokens": cache.tokens, "dtype": cache.dtype, "fvu": cache.fvu}
+        print_json({"folder": str(finished.folder), "last": figures, "cache": kept, "seconds": round(seconds, 3)})
         return
+    if cache is not None:
+        lost = max(cache.fvu.values())
+        print(
+            f"cache       {cache.tokens:,} tokens in {arguments.cache} as {cache.dtype}, FVU lost by that <= {lost:.1e}"
+        )
     if last is not None:
         print(f"last step   FVU {last.fvu:.4f}   L0 {last.l0:.1f}   dead {last.dead:.1%}")
     print(f"wrote {finished.folder} in {seconds:.0f} s")

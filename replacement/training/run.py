@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,16 @@ from replacement.errors import InputError
 from replacement.formats.native import write_whole
 from replacement.training.bridge import ReplaceableBridge
 from replacement.training.config import EndToEndConfig, TrainingConfig
-from replacement.training.data import BridgeActivations, JointActivations, TokenSource, open_tokens
+from replacement.training.data import (
+    BridgeActivations,
+    CachedActivations,
+    JointActivations,
+    TokenSource,
+    fill_cache,
+    open_cache,
+    open_tokens,
+)
+from replacement.training.data.cache import CacheIndex
 from replacement.training.end_to_end import TokenBatch, train_end_to_end
 from replacement.training.kinds import plans, sites
 from replacement.training.pairs import require_comparable
@@ -45,6 +54,7 @@ class Finished(NamedTuple):
     dictionaries: DictionarySet  #: in the first process; the others have none
     reconstruction: Record | None  #: the last step of the stage, None where it was done before; in the first process
     end_to_end: Record | None
+    cache: CacheIndex | None  #: what the cache holds, and what its precision lost; None where the model was run
 
 
 class _Last:
@@ -68,7 +78,8 @@ def run(
     context: int = 128,
     documents: int = 32,
     text_field: str = "text",
-    activations: ActivationSource | None = None,
+    cache: Path | None = None,
+    cache_dtype: str = "bfloat16",
     dashboards: Sequence[str] = (),
     checkpoint_every: int = 200,
     show_progress: bool = True,
@@ -79,20 +90,23 @@ def run(
     bridge: a model, or several by name whose sites one crosscoder reads side by side. model, data: as they were named,
     kept in `training.json`; data as of `open_tokens`. end_to_end: a last stage that brings the replaced model's
     predictions to the original's. context: tokens of a row, at most the models'. documents: rows of one forward pass.
-    activations: a cache to train on instead of the model. dashboards: of `report.DASHBOARDS`. mesh: processes that
-    train together, all of which call this; as in `train`. A run may go on with another number.
-    Raises `InputError` for settings that contradict each other, models that cannot be compared, a folder of another
-    run, or bad data.
+    cache: folder of activations to train from; what it lacks is written there first, by running the model.
+    cache_dtype: how they are kept there, of `storage.DTYPES`; without a cache, too, they are bfloat16.
+    dashboards: of `report.DASHBOARDS`. mesh: processes that train together, all of which call this; as in `train`. A
+    run may go on with another number.
+    Raises `InputError` for settings that contradict each other, models that cannot be compared, a folder or a cache of
+    another run, or bad data.
     """
     bridges = _bridges(bridge, end_to_end)
     bridge = next(iter(bridges.values()))
     planned = plans(config, min(len(one.blocks) for one in bridges.values()), models=tuple(filter(None, bridges)))
     context = min([context, *(int(one.cfg.n_ctx) for one in bridges.values())])
     rest = {"model": model, "data": data, "text_field": text_field, "context": context, "documents": documents}
-    settings = _settings(config, end_to_end, bridge, **rest)
+    settings = _settings(config, end_to_end, bridge, **rest, activations=cache_dtype)
     is_new = _is_new(out, settings)
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
-    source = activations or _source(bridges, tokens, sites(planned), documents)
+    live = _source(bridges, tokens, sites(planned), documents, is_cached=cache is not None)
+    fill = _opened(live, cache, cache_dtype, model)
     listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last := _Last()]
     listeners += [dashboard(name, out, settings) for name in (dashboards if mesh.is_first else ())]
     mesh.wait()  # all have looked at the folder
@@ -101,21 +115,18 @@ def run(
         write_whole(out / "training.json", (json.dumps(settings, indent=1) + "\n").encode())
     watched: Any = {"checkpoint_every": checkpoint_every, "listeners": listeners, "show_progress": show_progress}
     checkpoint = out / "checkpoints" / "reconstruction.safetensors"
+    source = fill(config=config, show_progress=show_progress, mesh=mesh)
     trainee = train(source, planned, config=config, checkpoint=checkpoint, mesh=mesh, **watched)
     if end_to_end is not None:
-        train_end_to_end(
-            ReplaceableBridge(bridge, sites(planned)),
-            trainee,
-            partial(_batch, tokens, documents=end_to_end.documents),
-            config=end_to_end,
-            checkpoint=checkpoint.with_stem("end_to_end"),
-            **watched,
-        )
+        replaceable, batch = ReplaceableBridge(bridge, sites(planned)), partial(_batch, tokens, end_to_end.documents)
+        last_checkpoint = checkpoint.with_stem("end_to_end")
+        train_end_to_end(replaceable, trainee, batch, config=end_to_end, checkpoint=last_checkpoint, **watched)
     dictionaries = DictionarySet({one.layer: one for one in trainee.dictionaries()}, out.name, metadata=settings)
     if mesh.is_first:
         formats.save(dictionaries, out)
     mesh.wait()
-    return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"))
+    index = source.index if isinstance(source, CachedActivations) else None
+    return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"), index)
 
 
 def _bridges(bridge: Any, end_to_end: EndToEndConfig | None) -> dict[str, Any]:
@@ -129,14 +140,29 @@ def _bridges(bridge: Any, end_to_end: EndToEndConfig | None) -> dict[str, Any]:
 
 
 def _source(
-    bridges: Mapping[str, Any], tokens: TokenSource, planned: Sequence[str], documents: int
-) -> ActivationSource:
-    harvest: dict[str, Any] = {"documents": documents, "dtype": torch.bfloat16}
+    bridges: Mapping[str, Any], tokens: TokenSource, planned: Sequence[str], documents: int, *, is_cached: bool
+) -> BridgeActivations | JointActivations:
+    """The models' activations; in an order that does not depend on the kind, so that kinds can share a cache."""
+    # a cache rounds by itself, and measures what that costs
+    harvest: dict[str, Any] = {"documents": documents, "dtype": torch.float32 if is_cached else torch.bfloat16}
+    wanted = sorted(planned)
     if "" in bridges:
-        return BridgeActivations(bridges[""], tokens, sites=planned, **harvest)
-    of = {name: [site.removeprefix(f"{name}:") for site in planned if site.startswith(f"{name}:")] for name in bridges}
+        return BridgeActivations(bridges[""], tokens, sites=wanted, **harvest)
+    of = {name: [site.removeprefix(f"{name}:") for site in wanted if site.startswith(f"{name}:")] for name in bridges}
     parts = {name: BridgeActivations(one, tokens, sites=of[name], **harvest) for name, one in bridges.items()}
     return JointActivations(parts)
+
+
+def _opened(
+    source: BridgeActivations | JointActivations, cache: Path | None, dtype: str, model: str
+) -> Callable[..., ActivationSource]:
+    """What gives a run its activations once it begins; raises `InputError` where a cache holds something else."""
+    if cache is not None:
+        held = open_cache(source, cache, dtype=dtype, model=model, fingerprint=source.fingerprint)
+        return partial(fill_cache, source, cache, held=held)
+    if dtype != "bfloat16":
+        raise InputError(f"run(cache_dtype={dtype!r}): is how a cache keeps activations; pass cache, or leave it out")
+    return lambda **_: source
 
 
 def _settings(config: TrainingConfig, end_to_end: EndToEndConfig | None, bridge: Any, **rest: object) -> dict[str, Any]:
@@ -162,7 +188,7 @@ def _is_new(out: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def _batch(tokens: TokenSource, index: int, *, documents: int) -> TokenBatch:
+def _batch(tokens: TokenSource, documents: int, index: int) -> TokenBatch:
     """Documents by number, all positions after the first marked as answers."""
     rows = tokens.batch(index, documents)
     answer = torch.ones_like(rows, dtype=torch.bool)

@@ -38,6 +38,12 @@ class Position(NamedTuple):
     place: int = 0  #: batches of the block that have been served
 
 
+def batches_in(buffer_bytes: int, first: Activations) -> int:
+    """How many source batches one buffer holds, counted by the size of the first of them."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
+    return max(1, buffer_bytes // max(1, size))
+
+
 class Stream:
     """Batches of one size, drawn without replacement from a shuffled buffer of many source batches.
 
@@ -59,8 +65,7 @@ class Stream:
         self.source, self.batch_tokens, self.seed, self.mesh = source, batch_tokens, seed, mesh
         first = source.batch(0)
         self._like = {name: tensor[:0].cpu() for name, tensor in first.items()}
-        size = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
-        self.block_batches = max(1, buffer_bytes // max(1, size))  #: source batches of one buffer
+        self.block_batches = batches_in(buffer_bytes, first)  #: source batches of one buffer
         self.position = Position()
         self._loaded = -1
         self._content: dict[str, Tensor] = {}

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from replacement.errors import InputError
-from replacement.training.data.cache import CachedActivations, write_activations
+from replacement.training.data.cache import CachedActivations, open_cache, write_activations
+from replacement.training.data.filling import fill_cache
 from replacement.training.data.harvest import BridgeActivations, JointActivations
 from replacement.training.data.packing import SPLITS, Encoder, TokenStore
 from replacement.training.data.storage import storage_cost
@@ -23,6 +24,8 @@ __all__ = [
     "JointActivations",
     "TokenSource",
     "default_cache",
+    "fill_cache",
+    "open_cache",
     "open_tokens",
     "storage_cost",
     "write_activations",

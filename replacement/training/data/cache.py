@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,11 @@ from torch import Tensor
 
 from replacement.errors import InputError
 from replacement.training.data.harvest import require_finite
-from replacement.training.data.storage import Stored, decode, encode, require_dtype
+from replacement.training.data.storage import Costs, Stored, decode, encode, require_dtype
 from replacement.training.source import Activations, ActivationSource
 
 VERSION = 1
-_INDEX = "index.json"
+_INDEX, _DRAFT = "index.json", "index.json.part"
 _SCALE = ":scale"
 
 
@@ -44,6 +44,8 @@ class CacheIndex:
     """What they are a function of; a run goes on only where it is the same."""
     shards: tuple[tuple[int, ...], ...] = ()
     """Tokens of each batch, shard by shard."""
+    fvu: dict[str, float] = field(default_factory=dict)
+    """What keeping them as `dtype` lost at each site, over the first shard: `storage.Costs`."""
     version: int = VERSION
 
     @property
@@ -64,30 +66,35 @@ def write_activations(
     batches: int,
     model: str,
     fingerprint: str,
-    dtype: str = "bfloat16",
+    dtype: str,
     shard_bytes: int = 128_000_000,
     report: Callable[[CacheIndex], None] | None = None,
 ) -> CachedActivations:
     """Store the first `batches` batches of a source; goes on after the last whole shard of a folder that has some.
 
     model: name of the model, stored. fingerprint: what the activations are a function of (`BridgeActivations` has one).
-    dtype: `bfloat16`, `float32`, `int8_token` or `int8_channel`; `storage_cost` says what each costs.
+    dtype: `bfloat16`, `float32`, `int8_token` or `int8_channel`; what it costs is measured on the
+        first shard, and kept in the index.
     shard_bytes: a shard is written once it holds so many bytes; about three times as much memory is taken.
     report: called after every shard.
     Raises `InputError` for activations that are not finite, a folder that holds other activations, or a disk that is
     full: the shards written until then stay.
     """
-    require_dtype(dtype, "write_activations")
     if batches < 1 or shard_bytes < 1:
         raise InputError(f"write_activations(batches={batches}, shard_bytes={shard_bytes}): both must be above 0")
-    index = _start(source, folder, CacheIndex({}, dtype, model, fingerprint))
+    index = open_cache(source, folder, dtype=dtype, model=model, fingerprint=fingerprint)
     parts: list[dict[str, Stored]] = []
-    size = 0
+    costs, size = Costs(), 0
     for number in range(index.batches, batches):
-        stored = _encode(source.batch(number), dtype, number, tuple(source.sites))
+        batch = source.batch(number)
+        stored = _encode(batch, dtype, number, tuple(source.sites))
+        if not index.shards:
+            costs.add(batch, stored)
         size += sum(t.nbytes for one in stored.values() for t in one if t is not None)
         parts.append(stored)
         if size >= shard_bytes or number == batches - 1:
+            if not index.shards:
+                index = replace(index, fvu={one.site: one.fvu for one in costs.result()})
             index = _write_shard(folder, index, parts)
             parts, size = [], 0
             if report is not None:
@@ -169,24 +176,30 @@ def read_index(folder: Path) -> CacheIndex:
         raise InputError(f"{path}: cannot be read ({_reason(error)}); delete the folder and cache again") from error
 
 
-def _start(source: ActivationSource, folder: Path, wanted: CacheIndex) -> CacheIndex:
-    """The index to go on from."""
+def open_cache(source: ActivationSource, folder: Path, *, dtype: str, model: str, fingerprint: str) -> CacheIndex:
+    """What a folder holds of a source already; arguments as of `write_activations`.
+
+    Raises `InputError` where it holds something else, or cannot be made.
+    """
+    call, wanted = f"write_activations(folder={str(folder)!r})", CacheIndex({}, dtype, model, fingerprint)
+    require_dtype(dtype, "write_activations")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"write_activations(folder={str(folder)!r}): {_reason(error)}; pass another") from error
+        raise InputError(f"{call}: {_reason(error)}; pass another") from error
     if not (folder / _INDEX).is_file():
+        if foreign := sorted(one.name for one in folder.iterdir() if not one.match("shard-*") and one.name != _DRAFT):
+            raise InputError(f"{call}: holds {foreign[0]}, and no activations; pass a new folder")
         return wanted
     index = read_index(folder)
     given = {"dtype": wanted.dtype, "model": wanted.model, "fingerprint": wanted.fingerprint}
     differ = [f"{name} {getattr(index, name)}" for name, value in given.items() if getattr(index, name) != value]
+    if index.fingerprint != wanted.fingerprint:
+        differ[-1] += ", of other weights, texts, rows or seed"
     if set(index.sites) != set(source.sites):
         differ.append(f"sites {', '.join(index.sites)}")
     if differ:
-        raise InputError(
-            f"write_activations(folder={str(folder)!r}): holds other activations ({'; '.join(differ)}); "
-            "pass another folder, or delete it"
-        )
+        raise InputError(f"{call}: holds other activations ({'; '.join(differ)}); pass another folder, or delete it")
     return index
 
 
@@ -207,9 +220,9 @@ def _write_shard(folder: Path, index: CacheIndex, parts: list[dict[str, Stored]]
         if scales[0] is not None:
             tensors[site + _SCALE] = torch.cat([scale for scale in scales if scale is not None])
     tokens = tuple(len(next(iter(part.values())).values) for part in parts)
-    new = CacheIndex(widths, index.dtype, index.model, index.fingerprint, (*index.shards, tokens))
+    new = replace(index, sites=widths, shards=(*index.shards, tokens))
     path = shard_path(folder, len(index.shards))
-    drafts = [path.with_suffix(".part"), folder / f"{_INDEX}.part"]
+    drafts = [path.with_suffix(".part"), folder / _DRAFT]
     try:
         drafts[0].touch()
         mode = drafts[0].stat().st_mode

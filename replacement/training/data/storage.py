@@ -12,6 +12,7 @@ Knows nothing of files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from replacement.errors import InputError
-from replacement.training.source import ActivationSource
+from replacement.training.source import Activations, ActivationSource
 
 DTYPES = ("bfloat16", "float32", "int8_token", "int8_channel")
 _STEPS = 127
@@ -62,24 +63,44 @@ def require_dtype(dtype: str, call: str) -> None:
 
 
 def storage_cost(source: ActivationSource, *, dtype: str, batches: int = 4) -> list[SiteCost]:
-    """What storing the source's activations as `dtype` costs at each site, against float32.
+    """What storing the source's activations as `dtype` costs at each site, over the first `batches` batches: `Costs`.
 
-    `FVU = sum |x - stored x|^2 / sum |x - mean x|^2`, over the first `batches` batches, summed in float64. It is the
-    floor of every dictionary's FVU on the stored activations. Raises `InputError` for an unknown dtype.
+    Raises `InputError` for an unknown dtype.
     """
     require_dtype(dtype, "storage_cost")
     if batches < 1:
         raise InputError(f"storage_cost(batches={batches}): needs at least 1")
-    sums: dict[str, list[Tensor]] = {}
+    costs = Costs()
     for index in range(batches):
-        for site, x in source.batch(index).items():
-            kept, wide = encode(x, dtype), x.double()
+        batch = source.batch(index)
+        costs.add(batch, {site: encode(x, dtype) for site, x in batch.items()})
+    return costs.result()
+
+
+class Costs:
+    """What storing activations in fewer bytes costs at each site, against float32, batch by batch.
+
+    `FVU = sum |x - stored x|^2 / sum |x - mean x|^2`, summed in float64. It is the floor of every dictionary's FVU on
+    the stored activations.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def add(self, batch: Activations, stored: Mapping[str, Stored]) -> None:
+        """Take one batch, and how it is kept."""
+        for site, kept in stored.items():
+            wide = batch[site].double().cpu()
             size = kept.values.nbytes + (0 if kept.scale is None else kept.scale.nbytes)
-            error = (wide - decode(kept, torch.float32).double()).square().sum()
-            new = [error, wide.square().sum(), wide.sum(0), torch.tensor(len(x)), torch.tensor(size)]
-            sums[site] = [old + more for old, more in zip(sums[site], new, strict=True)] if site in sums else new
-    costs = []
-    for site, (error, square, total, tokens, nbytes) in sums.items():
-        variance = float(square - total.square().sum() / tokens)
-        costs.append(SiteCost(site, float(error) / variance if variance > 0 else 0.0, float(nbytes / tokens)))
-    return costs
+            error = (wide - decode(kept, torch.float32).double().cpu()).square().sum()
+            new = [error, wide.square().sum(), wide.sum(0), torch.tensor(len(wide)), torch.tensor(size)]
+            old = self._sums.get(site)
+            self._sums[site] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+
+    def result(self) -> list[SiteCost]:
+        """The cost at each site."""
+        costs = []
+        for site, (error, square, total, tokens, nbytes) in self._sums.items():
+            variance = float(square - total.square().sum() / tokens)
+            costs.append(SiteCost(site, float(error) / variance if variance > 0 else 0.0, float(nbytes / tokens)))
+        return costs
