@@ -119,8 +119,9 @@ def prepare(
     resolved = resolve(
         model, local, specs, position=min(at, last), max_logits=max_logits, logit_probability=logit_probability
     )
-    rows = model.engine(local, engine, products=products)
-    return Tracer(local, rows, resolved, batch_size, budget(memory, model.device), progress)
+    shares = budget(memory, model.device)
+    rows = model.engine(local, engine, products=products, room=shares.kept)
+    return Tracer(local, rows, resolved, batch_size, shares, progress)
 
 
 def _run(
@@ -170,7 +171,7 @@ def _found(model: ReplacementModel, tracer: Tracer, *, exact: bool) -> dict[str,
     """What the graph's header says of how its rows came to be; exact: whether products were."""
     said: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "drop": tracer.drop}
     if not exact:
-        said["products_error"] = rounding_error(tracer, model.engine(tracer.local, "linear"))
+        said["products_error"] = rounding_error(tracer, model.engine(tracer.local, "linear", room=0))
     return said | {"dropped_share": tracer.dropped_share} | _how_linearised(tracer.local)
 
 

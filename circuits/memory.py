@@ -12,10 +12,12 @@ from pathlib import Path
 import psutil
 import torch
 
+from replacement.contributions import KEPT_BYTES
 from replacement.errors import InputError
 
 FREE_SHARE = 0.5  #: of what is free, unless told otherwise: a trace is rarely alone on its machine
 SWEEP_SHARE = 0.25  #: of what the trace may take, for a sweep's arrays; rows take the rest
+KEPT_SHARE = 0.25  #: of what the trace may take, for what the engine keeps from sweep to sweep
 SWEEP_BYTES = 512 * 2**20  #: the most a sweep takes: its products are large by then
 COPIES = 2  #: rows and the graph that is made of them, at most
 UNITS = {"": 1, "B": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
@@ -32,11 +34,13 @@ class Budget:
     """All of it, on the processor's side."""
     sweep: int
     """What the working arrays of one sweep may take, on the model's device."""
+    kept: int
+    """What may be kept from sweep to sweep, there too."""
 
     @property
     def rows(self) -> int:
         """What rows may take, so that the graph made of them has room too."""
-        return max(0, self.total - self.sweep) // COPIES
+        return max(0, self.total - self.sweep - self.kept) // COPIES
 
 
 def budget(memory: int | float | str | None, device: torch.device) -> Budget:
@@ -50,7 +54,7 @@ def budget(memory: int | float | str | None, device: torch.device) -> Budget:
     if device.type == "cuda":
         free = int(FREE_SHARE * torch.cuda.mem_get_info(device)[0])
         room = free if memory is None else min(free, total)
-    return Budget(total, min(SWEEP_BYTES, int(SWEEP_SHARE * room)))
+    return Budget(total, min(SWEEP_BYTES, int(SWEEP_SHARE * room)), min(KEPT_BYTES, int(KEPT_SHARE * room)))
 
 
 def parse(memory: int | float | str) -> int:

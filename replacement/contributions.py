@@ -65,20 +65,29 @@ class LinearEngine:
     """Rows by a transposed sweep of matrix products from the targets' layer down; no autograd, no hooks."""
 
     def __init__(
-        self, local: LocalModel, transposed: Transposed | None = None, *, products: torch.dtype | None = None
+        self,
+        local: LocalModel,
+        transposed: Transposed | None = None,
+        *,
+        products: torch.dtype | None = None,
+        room: int | None = None,
     ) -> None:
         """transposed: the language model's maps, where they are kept from prompt to prompt.
 
         products: the precision of attention's matrix products, where most of the time goes; sums stay in the model's.
+        room: bytes for what is kept from sweep to sweep, at most KEPT_BYTES; without it more is computed anew.
         """
+        room = KEPT_BYTES if room is None else min(room, KEPT_BYTES)
         dtype = local.forward.embedding.dtype
         self.local = local
         self.slots = {slot: index for index, slot in enumerate(local.slots)}
         self._kept: dict[tuple[object, ...], Tensor] = {}
         n_written = sum(len(writes.feature) for of in local.writes.values() for writes in of)
-        self._keeps = n_written * local.forward.embedding.shape[1] * dtype.itemsize <= KEPT_BYTES
+        vectors = n_written * local.forward.embedding.shape[1] * dtype.itemsize
+        self._keeps = vectors <= room
         transposed = transposed or Transposed(local.path.weights)
-        self.sweep = Sweep(local.path, transposed, products or dtype, widens=self._keeps)
+        rest = room - vectors if self._keeps else room
+        self.sweep = Sweep(local.path, transposed, products or dtype, widens=self._keeps, room=rest)
 
     def rows(self, targets: Targets) -> Contributions:
         order = torch.argsort(targets.positions, stable=True)

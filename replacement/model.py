@@ -239,15 +239,15 @@ class ReplacementModel:
             self._neurons |= {one.layer: cast(Neurons, one.requires_grad_(False)) for one in found}
         return {layer: self._neurons[layer] for layer in layers}
 
-    def engine(self, local: LocalModel, name: str, *, products: str = "exact") -> Engine:
+    def engine(self, local: LocalModel, name: str, *, products: str = "exact", room: int | None = None) -> Engine:
         """The engine that computes rows: "linear" (fast) or "autograd" (reference).
 
         products: "exact", or "bfloat16": attention's matrix products of the linear engine are then rounded to it, their
-        sums kept in the model's own precision.
+        sums kept in the model's own precision. room: bytes that it may keep from row to row; None: as much as helps.
         """
         check_engine(name, products, local.linearisation.attention)
         if name == "linear":
-            return LinearEngine(local, self._transposed, products=PRODUCTS[products])
+            return LinearEngine(local, self._transposed, products=PRODUCTS[products], room=room)
         self.require_own_precision("engine 'autograd'")
         self.require_frozen_patterns("engine 'autograd'")
         return AutogradEngine(local, self.bridge)

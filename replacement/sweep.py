@@ -101,13 +101,16 @@ class Sweep:
     """Pulls gradients back through one prompt's linear path. Its working arrays are reused: use what it yields at
     once."""
 
-    def __init__(self, path: LinearPath, transposed: Transposed, products: torch.dtype, *, widens: bool) -> None:
+    def __init__(
+        self, path: LinearPath, transposed: Transposed, products: torch.dtype, *, widens: bool, room: int
+    ) -> None:
         """products: the precision of matrix products through attention; sums are kept in the path's own.
 
-        widens: whether who consumes the sweep can read wide gradients in the first block.
+        widens: whether who consumes the sweep can read wide gradients in the first block. room: bytes for the table of
+        the first block and its wide form.
         """
         self.path, self.transposed, self.products = path, transposed, products
-        self.parallel = path.weights.parallel
+        self.parallel, self.room = path.weights.parallel, room
         first_mlp = 0 in path.skips or 0 in path.mlps
         self._widens = widens and products == path.forward.embedding.dtype and not self.parallel and not first_mlp
         self._work: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -324,8 +327,9 @@ class Sweep:
         """
         path, embedding = self.path, self.path.forward.embedding
         size = embedding.numel() * len(embedding) * embedding.element_size()
+        most = min(TABLE_BYTES, self.room // 3)  # the wide form is twice as large, or less
         below = {Slot(0, Place.PRE), Slot(0, Place.ATTENTION)}
-        if path.attentions is not None or below & path.written.keys() or size > TABLE_BYTES:
+        if path.attentions is not None or below & path.written.keys() or size > most:
             return None
         out, value = self.transposed.maps(0, embedding.dtype)
         kv_heads, _, d_head = path.weights.blocks[0].W_V.shape
