@@ -39,11 +39,15 @@ def test_the_replaced_model_answers_as_the_original(stored: DictionarySet, model
 
 
 def test_every_feature_has_words(stored: DictionarySet) -> None:
-    """Labels are short enough for a graph, and a city's features name its state."""
+    """Labels are short enough for a graph, and cities' features name their places; Texas in the sets of one layer each.
+
+    The cross-layer set is smaller: it has such a feature for about half of the states.
+    """
     for dictionary in stored:
         labels = [stored.label(dictionary.layer, feature) for feature in range(dictionary.n_features)]
         assert all(0 < len(label) <= LONGEST for label in labels)
-    assert any(label == "city in Texas" for of_layer in stored.labels.values() for label in of_layer.values())
+    places = {words for of in stored.labels.values() for words in of.values() if words.startswith("city in ")}
+    assert len(places) >= 40 and ("city in Texas" in places or stored.name == "clt")
 
 
 def test_model_and_dictionaries_stay_small() -> None:
