@@ -14,13 +14,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from replacement import formats
 from replacement.dictionary import DictionarySet
-from replacement.training import EndToEndConfig, TokenBatch, plans, train, train_end_to_end
+from replacement.loading import load_bridge
+from replacement.training import ActivationSource, EndToEndConfig, TokenBatch, plans, train, train_end_to_end
+from replacement.training.data import BridgeActivations, JointActivations, fill_cache, open_cache
+from replacement.training.kinds import sites
 from replacement.training.parallel import ALONE, Mesh, mesh_of
 from replacement.training.report import Record
 from tests.test_replacement_training import N_LAYERS, ToyModel, ToyModelSource, toy_config
+from tests.tiny import save_tiny_model
 
 FIGURES = ("loss", "fvu", "l0", "dead", "kl")
 WAYS = ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))  # processes, and over how many of them features are spread
@@ -33,17 +38,25 @@ class Case(NamedTuple):
     settings: Mapping[str, Any]
     end_to_end: bool = False
     stop_after: int | None = None
+    models: tuple[str, ...] = ()
+    """Names of tiny models that are read side by side; () for the toy."""
+    cache_dtype: str = ""
+    """How activations are kept in a cache that the run is trained from; "" for none."""
 
 
-def _case(name: str, *, end_to_end: bool = False, **settings: Any) -> Case:
+def _case(
+    name: str, *, end_to_end: bool = False, models: tuple[str, ...] = (), cache_dtype: str = "", **settings: Any
+) -> Case:
     short = {"tokens": 64 * 12, "dead_after": 128, "start": "random"}
-    return Case(name, {**short, **settings}, end_to_end)
+    return Case(name, {**short, **settings}, end_to_end, models=models, cache_dtype=cache_dtype)
 
 
 FEW = (
     _case("clt batchtopk prefixes auxk", kind="clt", prefixes=(24,)),
     _case("skip topk", kind="skip_transcoder", sparsity="topk"),
     _case("skip gated end to end", kind="skip_transcoder", sparsity="gated", end_to_end=True),
+    _case("cached", cache_dtype="int8_token"),
+    _case("two models", kind="crosscoder", site="hook_resid_post", models=("base", "tuned")),
 )
 """A twin of `CASES` that takes seconds."""
 CASES = (
@@ -74,13 +87,13 @@ def cases_of(shards: int, cases: Sequence[Case] = CASES) -> tuple[Case, ...]:
 
 def run_case(case: Case, folder: Path, mesh: Mesh = ALONE) -> None:
     """Train one case in `folder/name`: figures of every step as JSON, and the dictionaries."""
-    source = ToyModelSource(model := ToyModel())
+    model = ToyModel()
     config, records = toy_config(**case.settings), list[Record]()
     out = folder / case.name
     out.mkdir(parents=True, exist_ok=True)
     trainee = train(
-        source,
-        plans(config, N_LAYERS),
+        source_of(case, model, out, mesh),
+        plans(config, N_LAYERS, models=case.models),
         config=config,
         checkpoint=out / "checkpoint.safetensors",
         stop_after=case.stop_after,
@@ -96,6 +109,44 @@ def run_case(case: Case, folder: Path, mesh: Mesh = ALONE) -> None:
         formats.save(DictionarySet({one.layer: one for one in found}, case.name), out)
         figures = [{name: getattr(record, name) for name in FIGURES} for record in records]
         (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+
+
+def source_of(case: Case, model: ToyModel, out: Path, mesh: Mesh) -> ActivationSource:
+    """Where a case's activations come from; what has to lie on disk for that is put into `out`."""
+    config = toy_config(**case.settings)
+    if case.models:
+        wanted = [site.partition(":")[2] for site in sites(plans(config, N_LAYERS, models=case.models[:1]))]
+        bridges = zip(case.models, tiny_bridges(len(case.models), out / "model", mesh), strict=True)
+        return JointActivations(
+            {name: BridgeActivations(bridge, Drawn(), sites=wanted, documents=8) for name, bridge in bridges}
+        )
+    source, cache = ToyModelSource(model), out / "activations"
+    if not case.cache_dtype:
+        return source
+    held = open_cache(source, cache, dtype=case.cache_dtype, model="toy", fingerprint="toy")
+    return fill_cache(source, cache, held=held, config=config, show_progress=False, mesh=mesh)
+
+
+def tiny_bridges(count: int, folder: Path, mesh: Mesh) -> list[Any]:
+    """A tiny model, and others that differ from it a little; the first process writes the model's folder."""
+    if mesh.is_first:
+        save_tiny_model("llama", folder)
+    mesh.wait()
+    bridges = [load_bridge(folder, torch.float32, "cpu")[0] for _ in range(count)]
+    for bridge in bridges[1:]:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in bridge.parameters():
+            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return bridges
+
+
+class Drawn:
+    """Rows of random tokens, start tokens among them."""
+
+    context, n_documents, fingerprint = 16, None, "drawn"
+
+    def batch(self, index: int, documents: int) -> Tensor:
+        return torch.randint(20, (documents, self.context), generator=torch.Generator().manual_seed(index))
 
 
 def documents(index: int) -> TokenBatch:
