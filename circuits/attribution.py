@@ -5,21 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from circuits import __version__
 from circuits.assembly import assemble
+from circuits.identity import identity
 from circuits.memory import budget, parse
 from circuits.precision import rounding_error
 from circuits.rows import check_drop
-from circuits.saved_rows import Identity, SavedRows
+from circuits.saved_rows import SavedRows
 from circuits.targets import Feature, Spec, as_specs, from_start, last_position, resolve
 from circuits.tracer import Progress, Tracer
 from graphs.graph import AttributionGraph
@@ -128,38 +126,11 @@ def _run(
 ) -> None:
     """All rows; where Ctrl-C stops them, those that are there are saved."""
     if saved is not None:
-        tracer.save_in(saved, _identity(model, tracer, {**said, "update_every": update_every}))
+        tracer.save_in(saved, identity(model, tracer, {**said, "update_every": update_every}))
     try:
         tracer.run(said["max_features"], update_every, said["drop"])
     except KeyboardInterrupt:
         raise KeyboardInterrupt("" if tracer.saved is None else tracer.saved.stop(tracer.blocks)) from None
-
-
-def _identity(model: ReplacementModel, tracer: Tracer, settings: Mapping[str, Any]) -> Identity:
-    """What tells this trace's rows from another's: all that decides them, weights by what they made of the prompt."""
-    local, rule = tracer.local, tracer.local.linearisation
-    table = np.stack([column.cpu().numpy() for column in local.features[:4]])
-    named = {
-        "version": __version__,
-        "model": model.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "dictionaries": [model.coverage.name, *model.loaded_from],
-        "prompt": local.forward.tokens.tolist(),
-        "targets": [[one.label, one.position, one.token, one.feature] for one in tracer.targets],
-        **settings,
-        "mlp": rule.mlp,
-        "attention": rule.attention,
-        "ig_steps": rule.steps,
-        "features": sha256(table.tobytes()).hexdigest(),
-        "sources": tracer.n_sources,
-    }
-    directions = [one.row.double().square().sum() for one in tracer.targets if one.row is not None]
-    measured = {
-        "logits": float(local.forward.logits.double().abs().mean()),
-        "activations": float(local.features.activation.double().sum()),
-        "target directions": float(sum(directions)),
-    }
-    return Identity(named, measured)
 
 
 def _text(model: ReplacementModel, prompt: str | Int[Tensor, " pos"]) -> str:

@@ -24,11 +24,10 @@ from circuits.rows import Block
 from graphs.files import whole_file
 from replacement.errors import InputError
 
-FORMAT = "rows 1"
+FORMAT = "rows 2"
 EVERY = 30.0  #: seconds between two files
 PATIENCE = 20  #: but at least so many times as long as the last one took to write
 WORTH = 1.0  #: seconds of work that are kept when the trace is interrupted
-ALIKE = 1e-3  #: relative difference of the numbers that tell traces apart: another number of threads rounds otherwise
 
 
 class Identity(NamedTuple):
@@ -38,6 +37,8 @@ class Identity(NamedTuple):
     """JSON values that have to be equal, `sources`, the number of columns, among them."""
     measured: Mapping[str, float]
     """Numbers that have to be equal but for rounding."""
+    alike: float
+    """Relative difference that is rounding."""
 
 
 class SavedRows:
@@ -46,7 +47,7 @@ class SavedRows:
     def __init__(self, folder: str | Path, *, resume: bool = False) -> None:
         """folder: is made when the first rows are written. resume: go on from the rows that are there."""
         self.folder, self.resume = Path(folder), resume
-        self.identity = Identity({}, {})
+        self.identity = Identity({}, {}, 0.0)
         self.waiting: deque[Block] = deque()  # what an earlier run left, in its order
         self._files = self._kept = self._rows = self._batch_size = (
             0  # files written, blocks and rows in them, rows to a sweep
@@ -156,7 +157,7 @@ class SavedRows:
                 said = f"{name} {theirs!r}, not {ours!r}" if short else f"another {name}"
                 self._refuse(path, f"are of another trace ({said})")
         for name, number in self.identity.measured.items():
-            if not math.isclose(number, found.measured.get(name, math.nan), rel_tol=ALIKE):
+            if not math.isclose(number, found.measured.get(name, math.nan), rel_tol=self.identity.alike):
                 self._refuse(path, f"are of another trace (other {name}: the weights have changed)")
 
     def _refuse(self, path: Path, what: str) -> NoReturn:

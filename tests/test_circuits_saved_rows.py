@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from circuits import attribute, cli, saved_rows
 from circuits.saved_rows import SavedRows
 from graphs import AttributionGraph
-from replacement import InputError, formats
+from replacement import InputError, ReplacementModel, formats
 from replacement.contributions import LinearEngine
 from tests.tiny import PROMPT, random_set
 
@@ -145,6 +146,37 @@ def test_rows_of_another_trace_are_refused_and_kept(what, tiny_model, tmp_path):
         attribute(model, asked.pop("prompt", PROMPT), saved=SavedRows(tmp_path, resume=True), **asked)
     assert "\n" not in str(said.value)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("part", ["W_dec", "b_dec", "W_skip"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_other_decoders_are_another_trace(part, dtype, tiny_model, tmp_path):
+    """Though all features and logits are the same; by as little as 0.1 %, of one layer."""
+    model = tiny_model("llama", "skip_transcoder", "relu", dtype)
+    with pytest.raises(KeyboardInterrupt):
+        saved = SavedRows(tmp_path)
+        attribute(model, PROMPT, saved=saved, progress=stop_after(9, KeyboardInterrupt), **SMALL)
+    dictionaries = random_set("llama", "skip_transcoder", "relu", Sizes)
+    again = ReplacementModel(model.bridge, dictionaries, name=model.name)
+    attribute(again, PROMPT, saved=SavedRows(tmp_path, resume=True), **SMALL)
+    with torch.no_grad():
+        getattr(dictionaries.by_layer[1], part).mul_(1.001)
+    changed = ReplacementModel(model.bridge, dictionaries, name=model.name)
+    with pytest.raises(InputError, match=r"another trace \(other writes at L1.mlp: the weights have changed"):
+        attribute(changed, PROMPT, saved=SavedRows(tmp_path, resume=True), **SMALL)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_another_direction_is_another_trace(swapped, tiny_model, tmp_path):
+    """Of the same label and length; and two in another order."""
+    first, second = torch.eye(Sizes.d_model, dtype=torch.float64)[:2]
+    asked = ([first, second], [second, first]) if swapped else (first, second)
+    with pytest.raises(KeyboardInterrupt):
+        saved, stop = SavedRows(tmp_path), stop_after(9, KeyboardInterrupt)
+        attribute(tiny_model(), PROMPT, targets=asked[0], saved=saved, progress=stop, **SMALL)
+    with pytest.raises(InputError, match=r"are of another trace \(another directions\)"):
+        attribute(tiny_model(), PROMPT, targets=asked[1], saved=SavedRows(tmp_path, resume=True), **SMALL)
+    attribute(tiny_model(), PROMPT, targets=asked[0], saved=SavedRows(tmp_path, resume=True), **SMALL)
 
 
 @pytest.mark.parametrize("damage", ["cut", "other", "missing"])
