@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -86,9 +87,14 @@ def attribute(
             logit_probability=logit_probability, trace_bos=trace_bos, batch_size=batch_size, memory=memory,
             linearisation=Linearisation(mlp=mlp, attention=attention, steps=ig_steps), progress=progress,
         )  # fmt: skip
-        _run(model, tracer, said, update_every=batch_size * update_interval, saved=saved)
-        found = _found(model, tracer, exact=products == "exact")
-        graph = assemble(model, tracer, _text(model, prompt), said | found | _as_asked(model, targets))
+        if saved is not None:
+            tracer.save_in(saved, identity(model, tracer, said | {"update_every": batch_size * update_interval}))
+        with nullcontext() if saved is None else saved.insured(tracer.blocks):
+            tracer.run(max_features, batch_size * update_interval, drop)
+            found = _found(model, tracer, exact=products == "exact")
+            if saved is not None:
+                saved.settle(tracer.blocks)
+            graph = assemble(model, tracer, _text(model, prompt), said | found | _as_asked(model, targets))
     _require_whole_rows(model, graph)
     return graph
 
@@ -119,18 +125,6 @@ def prepare(
     )
     rows = model.engine(local, engine, products=products)
     return Tracer(local, rows, resolved, batch_size, budget(memory, model.device), progress)
-
-
-def _run(
-    model: ReplacementModel, tracer: Tracer, said: dict[str, Any], *, update_every: int, saved: SavedRows | None
-) -> None:
-    """All rows; where Ctrl-C stops them, those that are there are saved."""
-    if saved is not None:
-        tracer.save_in(saved, identity(model, tracer, {**said, "update_every": update_every}))
-    try:
-        tracer.run(said["max_features"], update_every, said["drop"])
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("" if tracer.saved is None else tracer.saved.stop(tracer.blocks)) from None
 
 
 def _text(model: ReplacementModel, prompt: str | Int[Tensor, " pos"]) -> str:

@@ -104,8 +104,7 @@ class Tracer:
         """Rows of all targets."""
         for at in np.unique(self.depths).tolist():
             index = np.flatnonzero(self.depths == at)
-            for start in range(0, len(index), self.batch_size):
-                part = index[start : start + self.batch_size]
+            for part in self._parts(index):
                 asked = partial(reads, self.local, [self.targets[i] for i in part])
                 self._add(at, part, asked, of_targets=True)
 
@@ -119,9 +118,14 @@ class Tracer:
         """Batches of one depth each, in the features' order (depth, position), so that prefixes stay short."""
         depths = self.depth[features]
         for at in np.unique(depths):
-            alike = features[depths == at]
-            for start in range(0, len(alike), self.batch_size):
-                yield alike[start : start + self.batch_size]
+            yield from self._parts(features[depths == at])
+
+    def _parts(self, index: Int[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " batch"]]:
+        """Batches of what is of one depth, an earlier run's as they were."""
+        while len(index):
+            size = (self.saved and self.saved.next_rows) or self.batch_size
+            yield index[:size]
+            index = index[size:]
 
     def _add(
         self, at: int, index: Int[np.ndarray, " n"], asked: Callable[[], Sequence[Targets]], *, of_targets: bool
