@@ -5,21 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from circuits import __version__
 from circuits.assembly import assemble
+from circuits.identity import identity
 from circuits.memory import budget, parse
 from circuits.precision import rounding_error
 from circuits.rows import check_drop
-from circuits.saved_rows import Identity, SavedRows
+from circuits.saved_rows import SavedRows
 from circuits.targets import Feature, Spec, as_specs, from_start, last_position, resolve
 from circuits.tracer import Progress, Tracer
 from graphs.graph import AttributionGraph
@@ -88,9 +87,14 @@ def attribute(
             logit_probability=logit_probability, trace_bos=trace_bos, batch_size=batch_size, memory=memory,
             linearisation=Linearisation(mlp=mlp, attention=attention, steps=ig_steps), progress=progress,
         )  # fmt: skip
-        _run(model, tracer, said, update_every=batch_size * update_interval, saved=saved)
-        found = _found(model, tracer, exact=products == "exact")
-        graph = assemble(model, tracer, _text(model, prompt), said | found | _as_asked(model, targets))
+        if saved is not None:
+            tracer.save_in(saved, identity(model, tracer, said | {"update_every": batch_size * update_interval}))
+        with nullcontext() if saved is None else saved.insured(tracer.blocks):
+            tracer.run(max_features, batch_size * update_interval, drop)
+            found = _found(model, tracer, exact=products == "exact")
+            if saved is not None:
+                saved.settle(tracer.blocks)
+            graph = assemble(model, tracer, _text(model, prompt), said | found | _as_asked(model, targets))
     _require_whole_rows(model, graph)
     return graph
 
@@ -122,45 +126,6 @@ def prepare(
     shares = budget(memory, model.device)
     rows = model.engine(local, engine, products=products, room=shares.kept)
     return Tracer(local, rows, resolved, batch_size, shares, progress)
-
-
-def _run(
-    model: ReplacementModel, tracer: Tracer, said: dict[str, Any], *, update_every: int, saved: SavedRows | None
-) -> None:
-    """All rows; where Ctrl-C stops them, those that are there are saved."""
-    if saved is not None:
-        tracer.save_in(saved, _identity(model, tracer, {**said, "update_every": update_every}))
-    try:
-        tracer.run(said["max_features"], update_every, said["drop"])
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("" if tracer.saved is None else tracer.saved.stop(tracer.blocks)) from None
-
-
-def _identity(model: ReplacementModel, tracer: Tracer, settings: Mapping[str, Any]) -> Identity:
-    """What tells this trace's rows from another's: all that decides them, weights by what they made of the prompt."""
-    local, rule = tracer.local, tracer.local.linearisation
-    table = np.stack([column.cpu().numpy() for column in local.features[:4]])
-    named = {
-        "version": __version__,
-        "model": model.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "dictionaries": [model.coverage.name, *model.loaded_from],
-        "prompt": local.forward.tokens.tolist(),
-        "targets": [[one.label, one.position, one.token, one.feature] for one in tracer.targets],
-        **settings,
-        "mlp": rule.mlp,
-        "attention": rule.attention,
-        "ig_steps": rule.steps,
-        "features": sha256(table.tobytes()).hexdigest(),
-        "sources": tracer.n_sources,
-    }
-    directions = [one.row.double().square().sum() for one in tracer.targets if one.row is not None]
-    measured = {
-        "logits": float(local.forward.logits.double().abs().mean()),
-        "activations": float(local.features.activation.double().sum()),
-        "target directions": float(sum(directions)),
-    }
-    return Identity(named, measured)
 
 
 def _text(model: ReplacementModel, prompt: str | Int[Tensor, " pos"]) -> str:

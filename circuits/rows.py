@@ -16,7 +16,6 @@ from replacement.errors import InputError
 
 WHOLE_ENTRIES = 250_000_000  #: rows times sources up to which a graph keeps all of its edges, unless told otherwise
 LARGE_DROP = 1e-3  #: share of a row that larger graphs leave out, unless told otherwise
-INDEX_BYTES = 4  #: an entry is a value and the index of its column, int32
 
 
 class StoredRows(NamedTuple):

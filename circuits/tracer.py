@@ -28,6 +28,7 @@ from replacement.local import LocalModel
 CACHED_BYTES = 32 * 2**20  #: what a sweep takes at most where more would miss a processor's caches, and be slower
 ENOUGH, MOST = 32, 128  #: targets of a sweep whose products are large, so that caches count; and the most it takes
 SURE = 0.1  #: share of the rows' possible entries from which on it is said whether the rest fits
+EMPTIER = 0.5  #: how full the rest is at least, beside those: rows of other layers lose more where edges are dropped
 
 Progress = Callable[[int, int], None]
 
@@ -77,7 +78,7 @@ class Tracer:
         wanted = self.wanted(max_features)
         self.drop = self.chosen_drop(drop, wanted)
         self.trace_targets()
-        done, fit = 0, _Fit(Reach(self.local), self.budget, wanted)
+        done, fit = 0, _Fit(Reach(self.local), self.budget, wanted, self.reachable)
         while done < wanted:
             room = min(update_every, wanted - done)
             chosen = np.sort(np.arange(self.reachable) if wanted == self.reachable else self.rank(room))
@@ -103,8 +104,7 @@ class Tracer:
         """Rows of all targets."""
         for at in np.unique(self.depths).tolist():
             index = np.flatnonzero(self.depths == at)
-            for start in range(0, len(index), self.batch_size):
-                part = index[start : start + self.batch_size]
+            for part in self._parts(index):
                 asked = partial(reads, self.local, [self.targets[i] for i in part])
                 self._add(at, part, asked, of_targets=True)
 
@@ -118,9 +118,14 @@ class Tracer:
         """Batches of one depth each, in the features' order (depth, position), so that prefixes stay short."""
         depths = self.depth[features]
         for at in np.unique(depths):
-            alike = features[depths == at]
-            for start in range(0, len(alike), self.batch_size):
-                yield alike[start : start + self.batch_size]
+            yield from self._parts(features[depths == at])
+
+    def _parts(self, index: Int[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " batch"]]:
+        """Batches of what is of one depth, an earlier run's as they were."""
+        while len(index):
+            size = (self.saved and self.saved.next_rows) or self.batch_size
+            yield index[:size]
+            index = index[size:]
 
     def _add(
         self, at: int, index: Int[np.ndarray, " n"], asked: Callable[[], Sequence[Targets]], *, of_targets: bool
@@ -149,27 +154,34 @@ class Tracer:
 
 
 class _Fit:
-    """Whether all rows will fit in memory, told from those that are there."""
+    """Whether rows can fit in memory, told from those that are there; what only may be too much is let through."""
 
-    def __init__(self, reach: Reach, budget: Budget, wanted: int) -> None:
+    def __init__(self, reach: Reach, budget: Budget, wanted: int, reachable: int) -> None:
+        """wanted: how many of the first `reachable` features get a row."""
         self.reach, self.budget, self.wanted = reach, budget, wanted
-        self.planned = self.possible = 0  # features chosen so far, and the entries that their rows can have
-        self.done = self.taken = 0  # of which so many are there, and take so many bytes
+        self.rest = reach.sources(np.arange(reachable))  # entries that rows can have, of features not chosen yet
+        self.open = np.ones(reachable, dtype=bool)  # which those are
+        self.possible = self.least = 0  # entries that rows chosen so far can have; that the others have at least
+        self.done = self.taken = 0  # entries that finished rows could have, and the bytes that they take
 
     def plan(self, features: Int[np.ndarray, " n"]) -> None:
         """Say which features come next."""
-        self.planned += len(features)
-        self.possible += int(self.reach.sources(features).sum())
+        self.possible += int(self.rest[features].sum())
+        self.open[features] = False
+        missing, others = self.wanted - int((~self.open).sum()), self.rest[self.open]
+        smallest = np.partition(others, missing - 1)[:missing] if missing else others[:0]
+        self.least = int(smallest.sum())  # which features they will be is not known
 
     def check(self, block: Block) -> None:
-        """Take note of rows; raises InputError where the rest, as full as these, will not fit."""
+        """Take note of rows; raises InputError where the rest, were it but half as full, will not fit."""
         self.done += int(self.reach.sources(block.index).sum())
         self.taken += block.nbytes
-        possible = self.possible * self.wanted / self.planned
-        expected = max(self.taken * possible / max(1, self.done), self.taken)
-        if expected > self.budget.rows and (self.done > SURE * possible or self.taken > self.budget.rows):
+        full = self.taken / max(1, self.done) * EMPTIER
+        expected = self.taken + full * (self.possible - self.done + self.least)
+        sure = self.done > SURE * (self.possible + self.least) or self.taken > self.budget.rows
+        if expected > self.budget.rows and sure:
             raise InputError(
-                f"attribute(memory={in_words(self.budget.total)!r}): {self.wanted:,} rows take about "
+                f"attribute(memory={in_words(self.budget.total)!r}): {self.wanted:,} rows take at least "
                 f"{in_words(expected)}, and {in_words(self.budget.rows)} of it are for rows; pass a larger drop "
                 "(--drop), a smaller max_features (--max-features) or more memory (--memory)"
             )

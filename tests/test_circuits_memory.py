@@ -10,7 +10,7 @@ import torch
 
 from circuits import attribute, memory
 from circuits.memory import COPIES, Budget, budget, free_bytes, in_words, parse
-from circuits.tracer import sweep_bytes
+from circuits.tracer import _Fit, sweep_bytes
 from replacement import InputError
 from tests.tiny import PROMPT
 
@@ -93,7 +93,7 @@ def test_rows_that_do_not_fit_are_refused_in_one_line(max_features, tiny_model, 
     needs = attribute(model, PROMPT, max_features=max_features, batch_size=2).n_edges * 12
     monkeypatch.setattr("circuits.attribution.budget", lambda *_: Budget(needs, needs // 8))
     with pytest.raises(
-        InputError, match=r"rows take about .* \(--drop\), .* \(--max-features\) or more memory"
+        InputError, match=r"rows take at least .* \(--drop\), .* \(--max-features\) or more memory"
     ) as said:
         attribute(
             model,
@@ -108,6 +108,27 @@ def test_rows_that_do_not_fit_are_refused_in_one_line(max_features, tiny_model, 
     monkeypatch.setattr("circuits.attribution.budget", lambda *_: Budget(8 * needs, needs // 8))
     graph = attribute(model, PROMPT, max_features=max_features, batch_size=2)
     assert graph.settings["drop"] == 0.0 and graph.n_edges * 12 == needs
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9, 1])
+@pytest.mark.parametrize("drop", [0.0, 0.01])
+def test_rows_that_just_fit_are_let_through(share, drop, tiny_model, monkeypatch: pytest.MonkeyPatch):
+    """Though the first features stand late, and their rows are longer than those of the rest."""
+    model, taken, done = tiny_model(), [], []
+    n_features = int(attribute(model, PROMPT, max_features=None).nodes.is_feature.sum())
+    asked = {"max_features": int(share * n_features), "drop": drop, "batch_size": 8, "update_interval": 1}
+    with monkeypatch.context() as patch:
+        check = _Fit.check
+        patch.setattr(_Fit, "check", lambda self, block: check(self, block) or taken.append(self.taken))
+        attribute(model, PROMPT, **asked)
+    needs = taken[-1]
+    for room in (needs, int(1.1 * needs), 2 * needs):
+        monkeypatch.setattr("circuits.attribution.budget", lambda *_, room=room: Budget(COPIES * room + 10**6, 10**6))
+        attribute(model, PROMPT, **asked)
+    monkeypatch.setattr("circuits.attribution.budget", lambda *_: Budget(needs + 10**6, 10**6))
+    with pytest.raises(InputError, match="rows take at least"):
+        attribute(model, PROMPT, progress=lambda rows, _: done.append(rows), **asked)
+    assert max(done, default=0) < asked["max_features"] * (0.5 if share == 1 else 1)
 
 
 def test_no_room_for_one_sweep_is_refused(tiny_model):

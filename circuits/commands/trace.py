@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
@@ -100,7 +101,9 @@ def _configure_output(parser: argparse.ArgumentParser) -> None:
         help="svg, png, json, dot, graphml, native; several with commas (default: svg,json,dot,native)",
     )
     out.add_argument(
-        "--resume", action="store_true", help="go on from the rows that a stopped trace has left in the output folder"
+        "--resume",
+        action="store_true",
+        help=f"go on from the rows that a stopped trace has left in the output folder, in {tracing.ROWS}/",
     )
     out.add_argument(
         "--dry-run", action="store_true", help="print what to expect, and trace nothing: features, rows, time, memory"
@@ -113,6 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
     # trace take 20 times as long on a machine whose cores are busy.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from circuits import outputs
+    from replacement.errors import InputError
 
     formats = outputs.parse_formats(arguments.format)
     name = outputs.slug(arguments.prompt if arguments.prompts is None else Path(arguments.prompts).stem)
@@ -124,6 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         return trace_prompts.run(arguments, folder, formats)
     if arguments.dry_run:
+        if arguments.resume:
+            raise InputError("--dry-run: traces nothing, so there is nothing to go on with; leave --resume out")
         _expect(arguments)
     else:
         _trace(arguments, folder, formats)
@@ -135,7 +141,10 @@ def _trace(arguments: argparse.Namespace, folder: Path, formats: Sequence[str]) 
     from circuits import outputs
     from circuits.display import show, stages
     from circuits.report import as_json
+    from circuits.saved_rows import SavedRows
 
+    if arguments.resume and SavedRows(folder / tracing.ROWS).empty:
+        print(f"circuits: --resume: no stopped trace has left rows in {folder}; tracing anew", file=sys.stderr)
     clock = tracing.Clock()
     with stages() as progress:
         progress.begin(f"loading {arguments.model}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from replacement import ReplacementModel
 
 N_PREDICTIONS = 5
-ROWS = "rows"  #: folder in the output folder where rows are kept while a long trace goes on
+ROWS = "circuits-rows"  #: folder in the output folder where rows are kept while a long trace goes on
 LOADING = ("dictionaries", "dtype", "device")
 TRACING = (
     *("position", "max_logits", "logit_probability", "max_features", "trace_bos"),
