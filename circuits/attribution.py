@@ -87,16 +87,33 @@ def attribute(
             logit_probability=logit_probability, trace_bos=trace_bos, batch_size=batch_size, memory=memory,
             linearisation=Linearisation(mlp=mlp, attention=attention, steps=ig_steps), progress=progress,
         )  # fmt: skip
-        if saved is not None:
-            tracer.save_in(saved, identity(model, tracer, said | {"update_every": batch_size * update_interval}))
-        with nullcontext() if saved is None else saved.insured(tracer.blocks):
-            tracer.run(max_features, batch_size * update_interval, drop)
-            found = _found(model, tracer, exact=products == "exact")
-            if saved is not None:
-                saved.settle(tracer.blocks)
-            graph = assemble(model, tracer, _text(model, prompt), said | found | _as_asked(model, targets))
+        graph = _traced(
+            model, tracer, saved, said, update_every=batch_size * update_interval, text=_text(model, prompt),
+            asked=_as_asked(model, targets),
+        )  # fmt: skip
     _require_whole_rows(model, graph)
     return graph
+
+
+def _traced(
+    model: ReplacementModel,
+    tracer: Tracer,
+    saved: SavedRows | None,
+    said: dict[str, Any],
+    *,
+    update_every: int,
+    text: str,
+    asked: dict[str, Any],
+) -> AttributionGraph:
+    """All rows, and the graph that they make; rows are safe on disk, where that was asked for, whatever stops it."""
+    if saved is not None:
+        tracer.save_in(saved, identity(model, tracer, said | {"update_every": update_every}))
+    with nullcontext() if saved is None else saved.insured(tracer.blocks):
+        tracer.run(said["max_features"], update_every, said["drop"])
+        found = _found(model, tracer, exact=said["products"] == "exact")
+        if saved is not None:
+            saved.settle(tracer.blocks)
+        return assemble(model, tracer, text, said | found | asked)
 
 
 def prepare(
