@@ -87,12 +87,10 @@ def attribute(
             logit_probability=logit_probability, trace_bos=trace_bos, batch_size=batch_size, memory=memory,
             linearisation=Linearisation(mlp=mlp, attention=attention, steps=ig_steps), progress=progress,
         )  # fmt: skip
-        graph = _traced(
+        return _traced(
             model, tracer, saved, said, update_every=batch_size * update_interval, text=_text(model, prompt),
             asked=_as_asked(model, targets),
         )  # fmt: skip
-    _require_whole_rows(model, graph)
-    return graph
 
 
 def _traced(
@@ -113,7 +111,9 @@ def _traced(
         found = _found(model, tracer, exact=said["products"] == "exact")
         if saved is not None:
             saved.settle(tracer.blocks)
-        return assemble(model, tracer, text, said | found | asked)
+        graph = assemble(model, tracer, text, said | found | asked)
+    _require_whole_rows(model, graph)
+    return graph
 
 
 def prepare(
