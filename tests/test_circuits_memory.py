@@ -77,6 +77,27 @@ def test_a_control_group_bounds_what_is_free(limit, used, free, tmp_path: Path, 
         assert free_bytes() == free
 
 
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (("memory.max", "memory.current", "memory.stat"), "inactive_file"),
+        (
+            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+            "total_inactive_file",
+        ),
+    ],
+)
+@pytest.mark.parametrize("statistics", [True, False])
+def test_files_that_were_read_before_are_free(names, line, statistics, tmp_path: Path, monkeypatch):
+    """A control group counts them as used, and drops them when memory is asked for."""
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    texts = ("10000\n", "9900\n", f"anon 2000\nactive_file 900\n{line} 7000\n")
+    for name, text in list(zip(names, texts, strict=True))[: 3 if statistics else 2]:
+        (tmp_path / name).write_text(text)
+    assert free_bytes() == (7100 if statistics else 100)
+
+
 def test_little_memory_means_small_sweeps_and_the_same_rows(tiny_model):
     model = tiny_model()
     whole = attribute(model, PROMPT)
@@ -134,3 +155,13 @@ def test_rows_that_just_fit_are_let_through(share, drop, tiny_model, monkeypatch
 def test_no_room_for_one_sweep_is_refused(tiny_model):
     with pytest.raises(InputError, match=r"attribute\(memory='10 B'\): one row's sweep takes .*; pass more memory"):
         attribute(tiny_model(), PROMPT, memory=10)
+
+
+def test_where_nothing_is_free_that_is_said(tiny_model, monkeypatch: pytest.MonkeyPatch):
+    """Not a size that nobody passed."""
+    monkeypatch.setattr(memory, "free_bytes", lambda: 0)
+    with pytest.raises(
+        InputError,
+        match=r"attribute\(memory=None\): that is 50% of the memory that is free, 0 B; .* free some, or pass",
+    ):
+        attribute(tiny_model(), PROMPT)
