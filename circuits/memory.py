@@ -22,7 +22,10 @@ SWEEP_BYTES = 512 * 2**20  #: the most a sweep takes: its products are large by 
 COPIES = 2  #: rows and the graph that is made of them, at most
 UNITS = {"": 1, "B": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 UNITS |= {f"{letter}i": 1024**power for power, letter in enumerate("KMGT", 1)}
-LIMITS = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
+LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)  #: of version 2 and 1: limit, use, and the part of it that is files read before, which makes way when asked
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
@@ -34,13 +37,23 @@ class Budget:
     """All of it, on the processor's side."""
     sweep: int
     """What the working arrays of one sweep may take, on the model's device."""
-    kept: int
+    kept: int = 0
     """What may be kept from sweep to sweep, there too."""
+    given: bool = True
+    """Whether the total was asked for, not found."""
 
     @property
     def rows(self) -> int:
         """What rows may take, so that the graph made of them has room too."""
         return max(0, self.total - self.sweep - self.kept) // COPIES
+
+    @property
+    def call(self) -> str:
+        """How a message about it begins."""
+        size = in_words(self.total)
+        if self.given:
+            return f"attribute(memory={size!r}): "
+        return f"attribute(memory=None): that is {FREE_SHARE:.0%} of the memory that is free, {size}; "
 
 
 def budget(memory: int | float | str | None, device: torch.device) -> Budget:
@@ -54,7 +67,8 @@ def budget(memory: int | float | str | None, device: torch.device) -> Budget:
     if device.type == "cuda":
         free = int(FREE_SHARE * torch.cuda.mem_get_info(device)[0])
         room = free if memory is None else min(free, total)
-    return Budget(total, min(SWEEP_BYTES, int(SWEEP_SHARE * room)), min(KEPT_BYTES, int(KEPT_SHARE * room)))
+    sweep, kept = min(SWEEP_BYTES, int(SWEEP_SHARE * room)), min(KEPT_BYTES, int(KEPT_SHARE * room))
+    return Budget(total, sweep, kept, given=memory is not None)
 
 
 def parse(memory: int | float | str) -> int:
@@ -73,14 +87,25 @@ def parse(memory: int | float | str) -> int:
 def free_bytes() -> int:
     """Memory that new work can take without swapping, within this process's control group where there is one."""
     free = int(psutil.virtual_memory().available)
-    for limit, used in LIMITS:
+    for limit, used, statistics, name in LIMITS:
         try:
-            bound, taken = ((CONTROL_GROUP / name).read_text().strip() for name in (limit, used))
+            bound, taken = ((CONTROL_GROUP / file).read_text().strip() for file in (limit, used))
         except OSError:
             continue
         if bound.isdecimal() and taken.isdecimal():
-            free = min(free, max(0, int(bound) - int(taken)))
+            held = max(0, int(taken) - _statistic(CONTROL_GROUP / statistics, name))
+            free = min(free, max(0, int(bound) - held))
     return free
+
+
+def _statistic(path: Path, name: str) -> int:
+    """A number of a file that has a name and a number a line; 0 where it has none of that name."""
+    try:
+        found = dict(line.split(maxsplit=1) for line in path.read_text().splitlines() if " " in line)
+    except OSError:
+        return 0
+    number = found.get(name, "").strip()
+    return int(number) if number.isdecimal() else 0
 
 
 def in_words(size: float) -> str:

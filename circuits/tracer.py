@@ -181,7 +181,7 @@ class _Fit:
         sure = self.done > SURE * (self.possible + self.least) or self.taken > self.budget.rows
         if expected > self.budget.rows and sure:
             raise InputError(
-                f"attribute(memory={in_words(self.budget.total)!r}): {self.wanted:,} rows take at least "
+                f"{self.budget.call}{self.wanted:,} rows take at least "
                 f"{in_words(expected)}, and {in_words(self.budget.rows)} of it are for rows; pass a larger drop "
                 "(--drop), a smaller max_features (--max-features) or more memory (--memory)"
             )
@@ -192,8 +192,8 @@ def _sweep_batch(local: LocalModel, budget: Budget) -> int:
     one = sweep_bytes(local)
     if one > budget.total:
         raise InputError(
-            f"attribute(memory={in_words(budget.total)!r}): one row's sweep takes {in_words(one)}; pass more memory "
-            "(--memory), or a shorter prompt"
+            f"{budget.call}one row's sweep takes {in_words(one)}; "
+            f"{'pass' if budget.given else 'free some, or pass'} more memory (--memory), or a shorter prompt"
         )
     return max(1, min(MOST, max(ENOUGH, CACHED_BYTES // one), budget.sweep // one))
 

@@ -54,9 +54,9 @@ def test_sizes_are_said_in_few_digits(size, words):
 @pytest.mark.parametrize("total", [1, 10**6, 10**9, 10**12])
 def test_what_is_shared_out_is_what_there_is(total):
     shared = budget(total, CPU)
-    assert shared.sweep + COPIES * shared.rows <= shared.total == total
+    assert shared.sweep + shared.kept + COPIES * shared.rows <= shared.total == total
     assert shared.sweep <= memory.SWEEP_BYTES
-    assert shared.sweep + COPIES * shared.rows >= total - COPIES
+    assert shared.sweep + shared.kept + COPIES * shared.rows >= total - COPIES
 
 
 def test_the_default_is_a_share_of_what_is_free():
@@ -75,6 +75,27 @@ def test_a_control_group_bounds_what_is_free(limit, used, free, tmp_path: Path, 
         assert free_bytes() == pytest.approx(machine, rel=0.2)
     else:
         assert free_bytes() == free
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (("memory.max", "memory.current", "memory.stat"), "inactive_file"),
+        (
+            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+            "total_inactive_file",
+        ),
+    ],
+)
+@pytest.mark.parametrize("statistics", [True, False])
+def test_files_that_were_read_before_are_free(names, line, statistics, tmp_path: Path, monkeypatch):
+    """A control group counts them as used, and drops them when memory is asked for."""
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    texts = ("10000\n", "9900\n", f"anon 2000\nactive_file 900\n{line} 7000\n")
+    for name, text in list(zip(names, texts, strict=True))[: 3 if statistics else 2]:
+        (tmp_path / name).write_text(text)
+    assert free_bytes() == (7100 if statistics else 100)
 
 
 def test_little_memory_means_small_sweeps_and_the_same_rows(tiny_model):
@@ -134,3 +155,13 @@ def test_rows_that_just_fit_are_let_through(share, drop, tiny_model, monkeypatch
 def test_no_room_for_one_sweep_is_refused(tiny_model):
     with pytest.raises(InputError, match=r"attribute\(memory='10 B'\): one row's sweep takes .*; pass more memory"):
         attribute(tiny_model(), PROMPT, memory=10)
+
+
+def test_where_nothing_is_free_that_is_said(tiny_model, monkeypatch: pytest.MonkeyPatch):
+    """Not a size that nobody passed."""
+    monkeypatch.setattr(memory, "free_bytes", lambda: 0)
+    with pytest.raises(
+        InputError,
+        match=r"attribute\(memory=None\): that is 50% of the memory that is free, 0 B; .* free some, or pass",
+    ):
+        attribute(tiny_model(), PROMPT)
