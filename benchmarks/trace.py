@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from random_models import KINDS
 from rich.console import Console
 from rich.table import Table
 from trace_rows import Row, Settings, machine, make, run, write_json
@@ -44,13 +43,16 @@ SAME_LOGITS = 1e-5
 ALONE = "12x768-2000-transcoder-256"
 """Longer than circuit-tracer can trace."""
 ROWS = (
-    *(
-        f"{size}-{tokens}-{kind}-{rows}"
-        for size in ("6x256", "12x768")
-        for tokens in (32, 128, 512)
-        for kind in KINDS
-        for rows in ("2048", "all")
-    ),
+    "6x256-32-transcoder-2048",
+    "6x256-32-transcoder-all",
+    "6x256-32-clt-2048",
+    "6x256-32-clt-all",
+    "6x256-128-transcoder-2048",
+    "6x256-128-transcoder-7500",
+    "6x256-512-transcoder-2048",
+    "12x768-32-transcoder-1024",
+    "12x768-32-clt-1024",
+    "12x768-128-transcoder-256",
     ALONE,
 )
 
