@@ -156,7 +156,8 @@ def attend_hooks(n_layers: int) -> list[Hook]:
     """Hooks that let gradients through attention's softmax in the scores' own precision.
 
     The bridge computes it in float32 whatever the model's precision is, so that its gradients are no linear map to
-    float64's accuracy. Raises InputError where the patterns are no softmax of the scores.
+    float64's accuracy. Where it shows no scores (GPT-Neo), gradients go through the model's own softmax. Raises
+    InputError where the patterns are no softmax of the scores.
     """
     scores: dict[int, Tensor] = {}
 
@@ -168,6 +169,8 @@ def attend_hooks(n_layers: int) -> list[Hook]:
 
     def attend(layer: int) -> Callable[..., Tensor]:
         def hook(tensor: Tensor, hook: object) -> Tensor:
+            if layer not in scores:
+                return tensor
             own = scores[layer].masked_fill(tensor == 0, -torch.inf).softmax(-1)
             if not torch.allclose(own, tensor, atol=1e-3):
                 raise InputError(
