@@ -153,6 +153,6 @@ def _linear(
         activations = model.coverage.at[_slot(one)].encode(local.read(model.coverage.at[_slot(one)]))
         for slot, position, vector in _changes(model, _slot(one), [one], activations):
             added.setdefault(slot, torch.zeros_like(local.forward.embedding))[position] += vector
-    *_, change = local.carry(added)
+    *_, change = local.carry(added.get)
     final = local.forward.final + apply_norm(weights.ln_final, local.forward.ln_final_scale, change, bias=False)
     return soft_cap(final @ weights.W_U + weights.b_U, weights.logit_soft_cap)

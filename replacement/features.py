@@ -53,6 +53,6 @@ class Writes(NamedTuple):
     writer: Dictionary
     layer: int
 
-    def vectors(self, rows: slice = slice(None)) -> Float[Tensor, "n d_model"]:
+    def vectors(self, rows: slice | Int[Tensor, " n"] = slice(None)) -> Float[Tensor, "n d_model"]:
         """Activations times decoder rows, gathered anew at each call: all of them may not fit in memory at once."""
         return self.writer.write_rows(self.feature[rows], self.layer) * self.activation[rows, None]

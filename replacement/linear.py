@@ -91,24 +91,36 @@ class LinearPath:
 
     # ---- forwards
 
-    def attention(self, layer: int, residual: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
+    def attention(self, layer: int, residual: Float[Tensor, "*n pos d_model"], *, bias: bool = True) -> Tensor:
         """What attention adds to the stream at `layer`, linearised; of a full gradient without its error."""
         return self.write(layer, "attn.hook_out", self.raw_attention(layer, residual, bias=bias), bias=bias)
 
-    def raw_attention(self, layer: int, residual: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
+    def raw_attention(self, layer: int, residual: Float[Tensor, "*n pos d_model"], *, bias: bool = True) -> Tensor:
         """The same before a post-norm, at `attn.hook_out`."""
-        weights, block = self.weights.blocks[layer], self.forward.blocks[layer]
-        x = apply_norm(weights.ln1, block.ln1_scale, residual, bias=bias)
+        weights = self.weights.blocks[layer]
+        x = apply_norm(weights.ln1, self.forward.blocks[layer].ln1_scale, residual, bias=bias)
         if self.attentions is not None:
             out = self.attentions[layer].forward(x)
             return out + self.attentions[layer].constant if bias else out
-        values = torch.einsum("pd,gde->gpe", x, weights.W_V)
+        out = torch.einsum("...hpe,hed->...pd", self._mixed(layer, x, bias=bias), weights.W_O)
+        return out + weights.b_O if bias and weights.b_O is not None else out
+
+    def head_outputs(
+        self, layer: int, residual: Float[Tensor, "*n pos d_model"]
+    ) -> Float[Tensor, "*n heads pos d_head"]:
+        """What changes of the stream make of each head's output, before `W_O`; raises InputError where attention has
+        its full gradient, and the model does not show its heads."""
+        x = apply_norm(self.weights.blocks[layer].ln1, self.forward.blocks[layer].ln1_scale, residual, bias=False)
+        return self._mixed(layer, x, bias=False) if self.attentions is None else self.attentions[layer].head_outputs(x)
+
+    def _mixed(self, layer: int, x: Tensor, *, bias: bool) -> Float[Tensor, "*n heads pos d_head"]:
+        """Each head's values, mixed by its frozen pattern."""
+        weights, pattern = self.weights.blocks[layer], self.forward.blocks[layer].pattern
+        values = torch.einsum("...pd,gde->...gpe", x, weights.W_V)
         if bias and weights.b_V is not None:
             values = values + weights.b_V[:, None]
         groups = weights.W_O.shape[0] // weights.W_V.shape[0]
-        mixed = torch.matmul(block.pattern.unflatten(0, (-1, groups)), values[:, None]).flatten(0, 1)
-        out = torch.einsum("hpe,hed->pd", mixed, weights.W_O)
-        return out + weights.b_O if bias and weights.b_O is not None else out
+        return torch.einsum("gjqk,...gke->...gjqe", pattern.unflatten(0, (-1, groups)), values).flatten(-4, -3)
 
     def read(self, layer: int, site: str, mid: Float[Tensor, "pos d_model"], *, bias: bool = True) -> Tensor:
         """The activations at a read site, from the residual stream where the MLP of `layer` reads."""
@@ -223,12 +235,9 @@ class LinearPath:
                     return
         yield None, stream
 
-    def head_values(self, layer: int, gradient: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch heads d_model"]:
-        """From gradients at attention's output (before a post-norm) to what each head's values read, patterns aside."""
-        weights = self.weights.blocks[layer]
-        heads = torch.einsum("bd,hed->bhe", gradient, weights.W_O)
-        groups = weights.W_O.shape[0] // weights.W_V.shape[0]
-        return torch.einsum("bgje,gde->bgjd", heads.unflatten(1, (-1, groups)), weights.W_V).flatten(1, 2)
+    def at_heads(self, layer: int, gradient: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch heads d_head"]:
+        """From gradients at attention's output (before a post-norm) to gradients at each head's own, before `W_O`."""
+        return torch.einsum("bd,hed->bhe", gradient, self.weights.blocks[layer].W_O)
 
     def mlp_step(
         self, layer: int, post: Float[Tensor, "batch d_model"], positions: Int[Tensor, " batch"]

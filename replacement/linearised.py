@@ -7,7 +7,7 @@ gradient. Each is a map `x -> J x` with its transpose; what `J x` and the consta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from replacement.errors import InputError
 from replacement.neurons import Neurons
-from replacement.sites import ForwardPass, Hook, freeze_hooks, hook_name, hooked
+from replacement.sites import BlockWeights, ForwardPass, Hook, freeze_hooks, hook_name, hooked
 
 MLP_RULES = ("relp", "jacobian", "ig", "stop")
 ATTENTION_RULES = ("frozen", "gradient")
+PUSHED_BYTES = 16 * 2**20  #: of attention patterns, one for each change that is pushed through a full gradient at once
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,49 @@ def linear_mlp(neurons: Neurons, x: Float[Tensor, "pos d_model"], rule: Linearis
 class AttentionGradient:
     """Attention's full gradient at the prompt, queries and keys included, by autograd through the model's own code."""
 
-    def __init__(self, x: Tensor, out: Tensor, constant: Float[Tensor, " d_model"]) -> None:
-        self.x, self.out, self.constant = x, out, constant
+    def __init__(
+        self,
+        x: Float[Tensor, "pos d_model"],
+        out: Float[Tensor, "pos d_model"],
+        heads: Float[Tensor, "pos heads d_head"] | None,
+        constant: Float[Tensor, " d_model"],
+        *,
+        at_once: int,
+    ) -> None:
+        """Take what one run computed, with its graph.
 
-    def forward(self, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
+        heads: what each head gave to the output map; None where the model does not show it. at_once: changes that are
+        pushed through together.
+        """
+        self.x, self.out, self.heads, self.constant, self.at_once = x, out, heads, constant, at_once
+
+    def forward(self, x: Float[Tensor, "*n pos d_model"]) -> Float[Tensor, "*n pos d_model"]:
+        """`J x`."""
+        return self._push(self.out, x)
+
+    def head_outputs(self, x: Float[Tensor, "*n pos d_model"]) -> Float[Tensor, "*n heads pos d_head"]:
+        """The same, of what each head gives to the output map; raises InputError where the model does not show it."""
+        if self.heads is None:
+            raise InputError(
+                "attention 'gradient' by head: this model does not show what each head gives to the output map; "
+                "use 'frozen'"
+            )
+        return self._push(self.heads, x).transpose(-3, -2)
+
+    def _push(self, out: Tensor, x: Tensor) -> Tensor:
         """`J x`, as the derivative of `J^T u` by u."""
         with torch.enable_grad():
-            u = torch.zeros_like(self.out, requires_grad=True)
-            (pulled,) = torch.autograd.grad(self.out, self.x, u, create_graph=True, retain_graph=True)
-            (pushed,) = torch.autograd.grad(pulled, u, x.to(self.x.dtype), retain_graph=True)
-        return pushed
+            u = torch.zeros_like(out, requires_grad=True)
+            (pulled,) = torch.autograd.grad(out, self.x, u, create_graph=True, retain_graph=True)
+
+        def push(along: Tensor, *, batched: bool) -> Tensor:
+            return torch.autograd.grad(pulled, u, along, retain_graph=True, is_grads_batched=batched)[0]
+
+        x = x.to(self.x.dtype)
+        if x.ndim == self.x.ndim:
+            return push(x, batched=False)
+        parts = x.flatten(0, -1 - self.x.ndim).split(self.at_once)
+        return torch.cat([push(part, batched=True) for part in parts]).unflatten(0, x.shape[: -self.x.ndim])
 
     def transpose(self, gradient: Float[Tensor, "batch prefix d_model"]) -> Float[Tensor, "batch prefix d_model"]:
         """`J^T g`; attention is causal, so nothing comes out beyond the prefix."""
@@ -122,7 +156,8 @@ def attend_hooks(n_layers: int) -> list[Hook]:
     """Hooks that let gradients through attention's softmax in the scores' own precision.
 
     The bridge computes it in float32 whatever the model's precision is, so that its gradients are no linear map to
-    float64's accuracy. Raises InputError where the patterns are no softmax of the scores.
+    float64's accuracy. Where it shows no scores (GPT-Neo), gradients go through the model's own softmax. Raises
+    InputError where the patterns are no softmax of the scores.
     """
     scores: dict[int, Tensor] = {}
 
@@ -134,6 +169,8 @@ def attend_hooks(n_layers: int) -> list[Hook]:
 
     def attend(layer: int) -> Callable[..., Tensor]:
         def hook(tensor: Tensor, hook: object) -> Tensor:
+            if layer not in scores:
+                return tensor
             own = scores[layer].masked_fill(tensor == 0, -torch.inf).softmax(-1)
             if not torch.allclose(own, tensor, atol=1e-3):
                 raise InputError(
@@ -150,13 +187,13 @@ def attend_hooks(n_layers: int) -> list[Hook]:
     return hooks
 
 
-def attention_gradients(bridge: Any, forward: ForwardPass, biases: list[Tensor | None]) -> list[AttentionGradient]:
+def attention_gradients(bridge: Any, forward: ForwardPass, blocks: Sequence[BlockWeights]) -> list[AttentionGradient]:
     """One map a layer, from attention's input (after the norm) to its output (before a post-norm), by one hooked run.
 
-    biases: attention's output bias by layer, the map's constant.
+    Attention's output bias is the map's constant.
     """
     inputs: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
+    kept: dict[str, Tensor] = {}
 
     def enter(layer: int) -> Callable[..., Tensor]:
         def hook(tensor: Tensor, hook: object) -> Tensor:
@@ -165,21 +202,39 @@ def attention_gradients(bridge: Any, forward: ForwardPass, biases: list[Tensor |
 
         return hook
 
-    def leave(layer: int) -> Callable[..., None]:
+    def keep(name: str) -> Callable[..., None]:
         def hook(tensor: Tensor, hook: object) -> None:
-            outputs[layer] = tensor[0]
+            kept[name] = tensor[0]
 
         return hook
 
-    layers = range(len(forward.blocks))
+    layers = range(len(blocks))
     hooks = freeze_hooks(forward, norms=True, patterns=False)
     hooks += [(hook_name(layer, "attn.hook_in"), enter(layer)) for layer in layers]
-    hooks += attend_hooks(len(forward.blocks))
-    hooks += [(hook_name(layer, "attn.hook_out"), leave(layer)) for layer in layers]
+    hooks += attend_hooks(len(blocks))
+    names = [hook_name(layer, site) for layer in layers for site in ("attn.hook_z", "attn.hook_out")]
+    hooks += [(name, keep(name)) for name in names if name in bridge.hook_dict]
     with torch.enable_grad():
         hooked(bridge, forward.tokens, hooks)
     zero = torch.zeros_like(forward.embedding[0])
-    return [
-        AttentionGradient(inputs[layer], outputs[layer], zero if bias is None else bias)
-        for layer, bias in zip(layers, biases, strict=True)
-    ]
+    found = []
+    for layer, (block, run) in enumerate(zip(blocks, forward.blocks, strict=True)):
+        out = kept[hook_name(layer, "attn.hook_out")]
+        heads = _head_outputs(kept.get(hook_name(layer, "attn.hook_z")), out, block)
+        at_once = max(1, PUSHED_BYTES // (run.pattern.numel() * run.pattern.element_size()))
+        constant = zero if block.b_O is None else block.b_O
+        found.append(AttentionGradient(inputs[layer], out, heads, constant, at_once=at_once))
+    return found
+
+
+def _head_outputs(
+    heads: Tensor | None, out: Float[Tensor, "pos d_model"], block: BlockWeights
+) -> Float[Tensor, "pos heads d_head"] | None:
+    """What the model shows as its heads' outputs; None where the output map does not make attention's output of it."""
+    n_heads, d_head, _ = block.W_O.shape
+    if heads is None or heads[0].numel() != n_heads * d_head:
+        return None
+    with torch.enable_grad():
+        heads = heads.reshape(-1, n_heads, d_head)
+    made = torch.einsum("phe,hed->pd", heads.detach(), block.W_O) + (0.0 if block.b_O is None else block.b_O)
+    return heads if torch.allclose(made, out.detach(), atol=1e-3 * float(out.detach().abs().max())) else None

@@ -61,7 +61,7 @@ class LocalModel:
             skips=skips,
             written=coverage.writes,
             mlps=self._linear_mlps(own_neurons),
-            attentions=attention_gradients(bridge, forward, [b.b_O for b in weights.blocks]) if gradient else None,
+            attentions=attention_gradients(bridge, forward, weights.blocks) if gradient else None,
         )
         self.features = self._encode()
         self.slots = self._error_slots()
@@ -262,11 +262,15 @@ class LocalModel:
     # ---- forwards
 
     def carry(
-        self, added: Mapping[Slot, Float[Tensor, "pos d_model"]], embedding: Tensor | None = None
-    ) -> Iterator[Float[Tensor, "pos d_model"]]:
+        self,
+        added: Callable[[Slot], Float[Tensor, "*n pos d_model"] | None],
+        embedding: Float[Tensor, "*n pos d_model"] | None = None,
+    ) -> Iterator[Float[Tensor, "*n pos d_model"]]:
         """What writes at sites, or a change of the embeddings, do to the linear stream; no feature takes note.
 
-        Yields the change where attention reads, layer by layer, and at last that at the last norm's input.
+        added: gives what is written at a slot, None for nothing; asked for each slot when it is reached. Yields the
+        change where attention reads, layer by layer, and at last that at the last norm's input; without the leading
+        axis as long as nothing is written.
         """
         path = self.path
         stream = torch.zeros_like(self.forward.embedding) if embedding is None else embedding
@@ -277,8 +281,8 @@ class LocalModel:
                 if slot.place is Place.MLP and slot.layer in path.skips:
                     skip = path.skip(slot.layer, x, bias=False)
                     value = path.write(slot.layer, self.write_site(slot), skip, bias=False)
-            if slot in added:
-                value = value + path.write(slot.layer, self.write_site(slot), added[slot], bias=False)
+            if (more := added(slot)) is not None:
+                value = value + path.write(slot.layer, self.write_site(slot), more, bias=False)
             return value
 
         for layer in range(self.n_layers):

@@ -249,7 +249,8 @@ class ReplacementModel:
         if name == "linear":
             return LinearEngine(local, self._transposed, products=PRODUCTS[products], room=room)
         self.require_own_precision("engine 'autograd'")
-        self.require_frozen_patterns("engine 'autograd'")
+        if local.linearisation.attention == "frozen":
+            self.require_frozen_patterns("engine 'autograd'")
         return AutogradEngine(local, self.bridge)
 
     def require_own_precision(self, what: str) -> None:

@@ -12,6 +12,7 @@ from replacement import ReplacementModel
 from replacement.dictionary import DictionarySet
 from replacement.loading import load_bridge
 from replacement.neurons import neurons
+from tests.mixes import MIXES
 from tests.tiny import random_set, save_tiny_model
 
 torch.set_num_threads(1)
@@ -59,5 +60,19 @@ def tiny_model(tiny_folder):
                 dictionaries = random_set(family, kind, activation, bridge.cfg)
             made[key] = ReplacementModel(bridge, dictionaries, name=family)
         return made[key]
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def mixed_model(tiny_model):
+    """`mixed_model(family, mix)`: a replacement model of a mix, made once."""
+    made: dict[tuple, ReplacementModel] = {}
+
+    def model(family: str, mix: str) -> ReplacementModel:
+        if (family, mix) not in made:
+            bridge = tiny_model(family).bridge
+            made[family, mix] = ReplacementModel(bridge, MIXES[mix](family, bridge), name=family)
+        return made[family, mix]
 
     return model

@@ -389,8 +389,9 @@ def test_every_command_takes_json():
     assert all("--json" in command.format_help() for command in commands.values())
 
 
-def test_heads_split_a_stored_graph(place: Path, capsys: pytest.CaptureFixture[str]):
-    assert cli.main([*TRACE, "-o", "out", "--format", "native"]) == 0
+@pytest.mark.parametrize("attention", ["frozen", "gradient"])
+def test_heads_split_a_stored_graph(place: Path, capsys: pytest.CaptureFixture[str], attention: str):
+    assert cli.main([*TRACE, "-o", "out", "--format", "native", "--attention", attention]) == 0
     capsys.readouterr()
     command = ["heads", "out/graph.safetensors", "--dictionaries", "dicts", "-o", "heads.safetensors"]
     assert cli.main([*command, "--json", "--edges", "3"]) == 0

@@ -8,7 +8,7 @@ import torch
 from circuits.effects import Nodes, faithfulness, indirect_effects, means, spliced, strongest
 from replacement import ReplacementModel
 from replacement.errors import InputError
-from tests.test_circuits_mixed import MIXES
+from tests.mixes import MIXES
 from tests.tiny import FAMILIES
 
 CLEAN = torch.tensor([[1, 5, 9, 14, 30], [1, 6, 11, 22, 7]])

@@ -10,140 +10,16 @@ import torch
 
 from circuits import attribute
 from circuits.effects import spliced
-from circuits.heads import HeadLoadings, head_loadings
 from circuits.intervention import intervene
 from graphs import read_neuronpedia, write_neuronpedia
 from graphs.graph import PLACES
 from replacement import ReplacementModel
-from replacement.activation import JumpReLU, ReLU, TopK
-from replacement.cross_layer import CrossLayerTranscoder
-from replacement.crosscoder import Crosscoder
 from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
-from replacement.linear import apply_norm
 from replacement.linearised import Linearisation
-from replacement.neurons import neurons
 from replacement.sites import Place, Slot
-from tests.tiny import FAMILIES, PROMPT, random_set, random_transcoder
-
-WIDTH = 24
-
-
-def saes(site: str, layers: tuple[int, ...] = (0, 1, 2)) -> DictionarySet:
-    """SAEs of different widths and activations at one site."""
-    activations = [ReLU(), TopK(5), JumpReLU(torch.full((20,), 0.3))]
-    made = {
-        layer: random_transcoder(
-            layer=layer,
-            read=site,
-            write=site,
-            n_features=(30, 25, 20)[layer],
-            d_model=WIDTH,
-            activation=activations[layer],
-            skip=False,
-            seed=50 + layer,
-        )
-        for layer in layers
-    }
-    return DictionarySet(made, site)
-
-
-def crosscoder(site: str = "hook_resid_post", *, causal: bool) -> DictionarySet:
-    normal = torch.Generator().manual_seed(7)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=normal) / 5
-
-    if not causal:
-        parts = tuple(f"blocks.{layer}.{site}" for layer in range(3))
-        one = Crosscoder(parts=parts, site=site, W_enc=draw(30, 3 * WIDTH), b_enc=draw(30), W_dec=draw(30, 3, WIDTH),
-                         b_dec=draw(3, WIDTH), activation=ReLU())  # fmt: skip
-        return DictionarySet({0: one}, "crosscoder")
-    made = {
-        layer: CrossLayerTranscoder(
-            layer=layer,
-            read=site,
-            write=site,
-            W_enc=draw(20, WIDTH),
-            b_enc=draw(20),
-            W_dec=draw(20, 3 - layer, WIDTH),
-            b_dec=draw(WIDTH),
-            activation=ReLU(),
-        )
-        for layer in range(3)
-    }
-    return DictionarySet(made, "causal crosscoder")
-
-
-def some(family: str, kind: str, bridge: object, layers: tuple[int, ...]) -> DictionarySet:
-    every = random_set(family, kind, "relu", bridge.cfg)
-    return DictionarySet({layer: every.by_layer[layer] for layer in layers}, kind)
-
-
-MIXES = {
-    "nothing": lambda family, bridge: [],
-    "sae post": lambda family, bridge: [saes("hook_resid_post")],
-    "sae pre, one layer": lambda family, bridge: [saes("hook_resid_pre", (1,))],
-    "sae first pre": lambda family, bridge: [saes("hook_resid_pre", (0,))],
-    "sae mid": lambda family, bridge: [saes("hook_resid_mid", (0, 2))],
-    "sae attention": lambda family, bridge: [saes("attn.hook_out")],
-    "sae attention, after the norm": lambda family, bridge: [saes("hook_attn_out", (1, 2))],
-    "sae mlp": lambda family, bridge: [saes("mlp.hook_out")],
-    "sae mlp, after the norm": lambda family, bridge: [saes("hook_mlp_out", (0, 1))],
-    "sae mid and post": lambda family, bridge: [saes("hook_resid_mid"), saes("hook_resid_post", (0, 2))],
-    "sparse feature circuits": lambda family, bridge: [
-        saes("hook_resid_post"), saes("hook_attn_out"), saes("hook_mlp_out"),
-    ],
-    "causal crosscoder": lambda family, bridge: [crosscoder(causal=True)],
-    "crosscoder": lambda family, bridge: [crosscoder(causal=False)],
-    "crosscoder of mlps": lambda family, bridge: [crosscoder("mlp.hook_out", causal=False)],
-    "mixed": lambda family, bridge: [
-        some(family, "skip_transcoder", bridge, (0,)), saes("hook_resid_post", (1,)),
-        neurons(bridge, torch.float64, layers=[2]),
-    ],
-    "clt and attention": lambda family, bridge: [
-        random_set(family, "cross_layer_transcoder", "relu", bridge.cfg), saes("attn.hook_out", (0, 1)),
-    ],
-    "transcoders and stream": lambda family, bridge: [
-        some(family, "transcoder", bridge, (0, 2)), saes("hook_resid_pre", (1, 2)),
-    ],
-}  # fmt: skip
-RULES = {
-    "relp": Linearisation(),
-    "jacobian": Linearisation(mlp="jacobian"),
-    "ig": Linearisation(mlp="ig", steps=4),
-    "stop": Linearisation(mlp="stop"),
-    "gradient": Linearisation(mlp="jacobian", attention="gradient"),
-}
-TABLE = [(family, mix, "relp") for family in FAMILIES for mix in MIXES]
-TABLE += [("llama", mix, rule) for mix in MIXES for rule in RULES if rule != "relp"]
-TABLE += [
-    (family, mix, rule)
-    for family in FAMILIES
-    for mix in ("nothing", "sparse feature circuits", "mixed")
-    for rule in RULES
-    if rule != "relp" and family != "llama"
-]
-TABLE = [row for row in TABLE if row[0] != "neox" or "mid" not in row[1]]
-
-
-@pytest.fixture(scope="module")
-def mixed_model(tiny_model):
-    """`mixed_model(family, mix)`: a replacement model of a mix, made once."""
-    made: dict[tuple, ReplacementModel] = {}
-
-    def model(family: str, mix: str) -> ReplacementModel:
-        if (family, mix) not in made:
-            bridge = tiny_model(family).bridge
-            made[family, mix] = ReplacementModel(bridge, MIXES[mix](family, bridge), name=family)
-        return made[family, mix]
-
-    return model
-
-
-def graph_of(model, rule, engine="linear", **given):
-    how = {"mlp": rule.mlp, "attention": rule.attention, "ig_steps": rule.steps}
-    return attribute(model, PROMPT, engine=engine, **how, **given)
+from tests.mixes import RULES, TABLE, graph_of, saes, some
+from tests.tiny import FAMILIES, PROMPT, random_set
 
 
 @pytest.mark.parametrize("trace_bos", [False, True])
@@ -255,50 +131,6 @@ def test_sets_that_do_not_go_together_say_so(tiny_model, message):
         ReplacementModel(bridge, SETS[message](bridge), name="m")
 
 
-@pytest.mark.parametrize(("family", "mix", "rule"), [row for row in TABLE if row[2] != "gradient"])
-def test_head_loadings_add_up_to_the_edges(mixed_model, family, mix, rule):
-    model = mixed_model(family, mix)
-    graph = graph_of(model, RULES[rule], max_features=20)
-    split = head_loadings(model, graph)
-    scale = np.abs(graph.adjacency.data).max()
-    np.testing.assert_allclose(split.loadings.sum(1), graph.adjacency.data, atol=1e-12 * scale)
-    moved = graph.nodes.position[split.target] != graph.nodes.position[split.source]
-    assert moved.any()
-    assert not split.loadings[moved][:, [-1]].toarray().any(), "nothing but attention moves between positions"
-
-
-def test_stored_head_loadings_are_read_again(mixed_model, tmp_path):
-    model = mixed_model("llama", "mixed")
-    split = head_loadings(model, graph_of(model, RULES["relp"]), edges=range(9))
-    split.save(tmp_path / "heads.safetensors")
-    again = HeadLoadings.load(tmp_path / "heads.safetensors")
-    np.testing.assert_array_equal(again.loadings.toarray(), split.loadings.toarray())
-    np.testing.assert_array_equal(again.target, split.target)
-    assert again.n_heads == 4
-    (tmp_path / "bad").write_bytes(b"no")
-    with pytest.raises(InputError, match="holds no head loadings"):
-        HeadLoadings.load(tmp_path / "bad")
-
-
-def test_head_loadings_are_what_a_head_alone_carries(mixed_model):
-    """Brute force for edges that lead into attention's output in the first layer."""
-    model = mixed_model("llama", "sae attention")
-    graph = graph_of(model, RULES["relp"])
-    split = head_loadings(model, graph)
-    block = model.local(PROMPT).path.weights.blocks[0]
-    local = model.local(PROMPT)
-    target = next(i for i in np.flatnonzero(graph.nodes.is_feature) if graph.nodes.layer[i] == 0)
-    row = model.coverage.at[Slot(0, Place.ATTENTION)].W_enc[int(graph.nodes.feature[target])]
-    position = int(graph.nodes.position[target])
-    for edge in np.flatnonzero(split.target == target):
-        source = int(graph.nodes.position[split.source[edge]])
-        x = apply_norm(block.ln1, local.forward.blocks[0].ln1_scale, local.forward.embedding, bias=False)[source]
-        for head in range(4):
-            value = x @ block.W_V[head // 2] * local.forward.blocks[0].pattern[head, position, source]
-            expected = float(row @ (value @ block.W_O[head]))
-            assert split.loadings[[int(edge)]].toarray()[0, head] == pytest.approx(expected, abs=1e-12)
-
-
 @pytest.mark.parametrize("freeze", ["nothing", "attention", "everything"])
 @pytest.mark.parametrize(("family", "mix", "rule"), [row for row in TABLE if row[2] == "relp" and row[1] != "nothing"])
 def test_a_feature_set_to_its_own_value_changes_nothing(mixed_model, family, mix, rule, freeze):
@@ -308,24 +140,6 @@ def test_a_feature_set_to_its_own_value_changes_nothing(mixed_model, family, mix
         where = int(nodes.layer[node]), int(nodes.position[node]), int(nodes.feature[node])
         same = intervene(model, PROMPT, [(*where, nodes.activation[node], PLACES[nodes.places[node]])], freeze=freeze)
         torch.testing.assert_close(same, model.logits(PROMPT), rtol=0, atol=1e-9)
-
-
-def test_heads_of_a_feature_s_graph_are_found_by_what_was_asked(mixed_model):
-    """The header keeps the targets; a label says nothing of them, and parts that do not add up are refused."""
-    model = mixed_model("llama", "sparse feature circuits")
-    table = model.local(PROMPT).features
-    index = int(((table.place == 4) & (table.layer == 1) & (table.position == 7)).nonzero()[0, 0])
-    spec = f"L1.post#{int(table.feature[index])}@-1"
-    graph = attribute(model, PROMPT, targets=spec)
-    split = head_loadings(model, graph)
-    np.testing.assert_allclose(split.loadings.sum(1), graph.adjacency.data, atol=1e-12)
-    with pytest.raises(InputError, match="do not add up"):
-        head_loadings(model, graph, targets=[5])
-    with pytest.raises(InputError, match=r"needs the place of a dictionary in layer 1"):
-        head_loadings(mixed_model("llama", "sae mlp"), graph)
-    vector = torch.ones(24, dtype=torch.float64)
-    with pytest.raises(InputError, match="pass what it was"):
-        head_loadings(model, attribute(model, PROMPT, targets=vector))
 
 
 def test_an_edited_middle_of_a_block_is_seen_by_its_end(mixed_model):
@@ -347,7 +161,7 @@ def test_an_edited_middle_of_a_block_is_seen_by_its_end(mixed_model):
 
 @pytest.mark.parametrize(
     ("family", "mix", "rule"),
-    [row for row in TABLE if row[0] != "gemma2" and row[1] != "nothing" and row[2] != "gradient"],  # gemma2 caps logits
+    [row for row in TABLE if row[0] != "gemma2" and row[1] != "nothing"],  # gemma2 caps logits
 )
 def test_a_direct_effect_on_logits_is_the_edge(mixed_model, family, mix, rule):
     """With everything held, switching a feature off changes a target by the edge from one to the other."""

@@ -8,6 +8,7 @@ import torch
 from transformers import GraniteConfig
 
 from circuits import Direction, Feature, Intervention, attribute, intervene
+from circuits.heads import head_loadings
 from replacement import ReplacementModel
 from replacement.errors import InputError
 from tests.tiny import _SIZES, FAMILIES, PROMPT, save_tiny_model
@@ -271,8 +272,9 @@ def test_bad_interventions_are_refused_in_one_line(model, one, message):
         intervene(model, PROMPT, [], freeze="all")
 
 
-def test_attention_that_cannot_be_held_is_refused(tiny_folder, tmp_path):
-    """GPT-Neo's attention ignores edits of its pattern hook: freezing it would freeze nothing, in silence."""
+def test_freezing_attention_that_cannot_be_held_is_refused(tiny_folder, tmp_path):
+    """GPT-Neo's attention ignores edits of its pattern hook: freezing it would freeze nothing, in silence. Its full
+    gradient needs nothing held."""
     import shutil
 
     from transformers import AutoModelForCausalLM, GPTNeoConfig
@@ -290,3 +292,10 @@ def test_attention_that_cannot_be_held_is_refused(tiny_folder, tmp_path):
     with pytest.raises(InputError, match="engine 'autograd': needs attention patterns that can be held"):
         attribute(model, PROMPT, engine="autograd")
     intervene(model, PROMPT, [(0, 1, 1, 0.0)], freeze="everything")
+    linear, reference = (attribute(model, PROMPT, attention="gradient", engine=how) for how in ("linear", "autograd"))
+    assert linear.residual < 1e-5
+    scale = np.abs(reference.adjacency.data).max()
+    np.testing.assert_allclose(linear.dense_adjacency(), reference.dense_adjacency(), atol=1e-5 * scale)
+    for graph in (attribute(model, PROMPT), linear):
+        split = head_loadings(model, graph)
+        np.testing.assert_allclose(split.loadings.sum(1), graph.adjacency.data, atol=1e-5 * scale)
