@@ -208,9 +208,7 @@ def _require_whole_rows(model: ReplacementModel, graph: AttributionGraph) -> Non
     """Raise InputError where rows do not add up; half precision rounds the model's own stream, and is let through."""
     if model.dtype != model.compute_dtype or graph.residual is None:
         return
-    missed = (
-        f"attribute(engine={graph.settings['engine']!r}): rows miss their targets by up to {graph.residual:.0%} of "
-    )
+    missed = f"attribute(engine={graph.settings['engine']!r}): rows miss their targets by up to {graph.residual:.0%}"
     if graph.settings["products"] == "exact" and graph.residual > MAX_RESIDUAL:
         raise InputError(
             f"{missed} of their size; the linear path does not know {model.name}'s architecture, "
