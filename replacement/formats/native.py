@@ -213,7 +213,7 @@ def _stored(dictionary: LearnedDictionary, dtype: torch.dtype, pieces: Pieces) -
 def _converted(dictionary: LearnedDictionary, name: str, to: torch.dtype, source: Pieces) -> Iterator[Tensor]:
     for piece in source(dictionary, name):
         converted = piece.to(device="cpu", dtype=to)
-        if name != "threshold" and not torch.isfinite(converted).all():
+        if name != "threshold" and not torch.stack(torch.aminmax(converted)).isfinite().all():
             raise InputError(
                 f"save: {name} of layer {dictionary.layer} has values that are not finite in {to}; pass float32"
             )

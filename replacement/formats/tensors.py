@@ -17,7 +17,7 @@ from torch import Tensor
 from replacement.errors import InputError
 
 CHECKED_AT_ONCE = 2**24  #: numbers of a large tensor that are looked at together
-PIECE_BYTES = 2**24  #: of a tensor that is written piece by piece: those held at once, where a row is not more
+PIECE_BYTES = 2**23  #: of a tensor that is written piece by piece: those held at once, where a row is not more
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 

@@ -76,15 +76,17 @@ class Unscaled:
 
     def rows(self, name: str, rows: slice) -> Shaped[Tensor, "rows ..."]:
         """Some of this process's rows, as the dictionary stores them."""
-        part = self._own[name][rows]
+        part = self._own[name][rows].clone()
         if name == "W_enc":
             for factor in self.exported.factors:
-                part = part * factor[rows, None]
-            part = part * self.into
+                part.mul_(factor[rows, None])
+            part.mul_(self.into)
         elif name == "W_dec":
-            part = (part / self.norms[rows, None, None] if self.exported.unit_rows else part) / self.out[:, None]
+            if self.exported.unit_rows:
+                part.div_(self.norms[rows, None, None])
+            part.div_(self.out[:, None])
         elif name == "W_skip":
-            part = part * (self.into[0] / self.out[0])
+            part.mul_(self.into[0] / self.out[0])
         return part.cpu()
 
     def build(self, tensor: Callable[[str], Tensor]) -> LearnedDictionary:
