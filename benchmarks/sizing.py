@@ -5,7 +5,8 @@
 Trains a cross-layer transcoder of two layers on random activations with `--features` and twice as many features, in
 fresh processes, and prints how much the peak memory of the largest process grew for each more feature of a layer, next
 to what its weights, gradients and Adam's two moments take. Tokens a second are those of the smaller one, all processes
-together; on one machine they share its cores.
+together; on one machine they share its cores. `writing` is what the process that grew most took beyond what it held
+when training was over, while the finished dictionaries of the larger one were written. Needs Linux.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from peers.measure import memory_peak, reset_memory_peak
 
 from replacement.training import Activations, TrainingConfig, plans, train
+from replacement.training.export import export
 from replacement.training.parallel import ALONE, mesh_of
 from replacement.training.report import Record
 
@@ -44,6 +47,7 @@ class Figures(NamedTuple):
 
     peak: float  #: bytes of the largest process
     speed: float  #: tokens a second
+    writing: float  #: bytes that writing the dictionaries took at most, in one process
 
 
 def measure(rank: int, size: int, shards: int, config: TrainingConfig, width: int, folder: str) -> None:
@@ -54,13 +58,15 @@ def measure(rank: int, size: int, shards: int, config: TrainingConfig, width: in
     planned, records = plans(config, LAYERS), list[Record]()
     source = Noise(tuple(dict.fromkeys(name for plan in planned for name in plan.reads + plan.writes)), width)
     mesh = mesh_of(shards) if size > 1 else ALONE
-    train(source, planned, config=config, listeners=[records.append], show_progress=False, mesh=mesh)
+    trainee = train(source, planned, config=config, listeners=[records.append], show_progress=False, mesh=mesh)
     speed = 0.0
     if records:
         seconds = records[-1].seconds - records[0].seconds  # without the first step, which sets memory up
         speed = (records[-1].tokens - records[0].tokens) / seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    Path(folder, f"figures-{rank}").write_text(f"{peak} {speed}", encoding="utf-8")
+    held = reset_memory_peak()
+    export(trainee, Path(folder, "dictionaries"), metadata={})
+    Path(folder, f"figures-{rank}").write_text(f"{peak} {speed} {memory_peak() - held}", encoding="utf-8")
     if size > 1:
         dist.destroy_process_group()
 
@@ -69,8 +75,8 @@ def run(size: int, shards: int, config: TrainingConfig, width: int) -> Figures:
     """The figures of one run in fresh processes."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(measure, (size, shards, config, width, folder), nprocs=size)
-        found = [path.read_text().split() for path in Path(folder).glob("figures-*")]
-    return Figures(max(float(peak) for peak, _ in found), max(float(speed) for _, speed in found))
+        found = [map(float, path.read_text().split()) for path in Path(folder).glob("figures-*")]
+    return Figures(*(max(figures) for figures in zip(*found, strict=True)))
 
 
 def main() -> None:
@@ -83,15 +89,22 @@ def main() -> None:
     common = {"kind": "clt", "k": 16, "batch_tokens": 1024, "tokens": 1024 * given.steps, "buffer_bytes": 8_000_000}
     weights = sum(1 + LAYERS - layer for layer in range(LAYERS)) * given.width / LAYERS  # of a feature, on average
     print(f"a feature has {weights:.0f} weights on average; x 16 bytes = {16 * weights:,.0f}")
-    print(f"{'processes':>9} {'data':>5} {'features':>8} {'bytes/feature':>14} {'x 16 bytes':>11} {'tokens/s':>9}")
+    whole = 4 * weights * LAYERS * 2 * given.features / 1e6
+    print(f"the dictionaries of the larger one are {whole:.0f} MB")
+    print(
+        f"{'processes':>9} {'data':>5} {'features':>8} {'bytes/feature':>14} {'x 16 bytes':>11} {'tokens/s':>9}"
+        f" {'writing':>10}"
+    )
     for size, shards in WAYS:
         small, large = (
             run(size, shards, TrainingConfig(**common, n_features=n), given.width)  # type: ignore[arg-type]
             for n in (given.features, 2 * given.features)
         )
         each = (large.peak - small.peak) / (LAYERS * given.features)
-        share = each / (16 * weights)
-        print(f"{size:9} {size // shards:5} {shards:8} {each:14,.0f} {share:11.2f} {small.speed:9,.0f}")
+        share, writing = each / (16 * weights), large.writing / 1e6
+        print(
+            f"{size:9} {size // shards:5} {shards:8} {each:14,.0f} {share:11.2f} {small.speed:9,.0f} {writing:7,.0f} MB"
+        )
 
 
 if __name__ == "__main__":

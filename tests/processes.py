@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from replacement import formats
-from replacement.dictionary import DictionarySet
 from replacement.loading import load_bridge
 from replacement.training import ActivationSource, EndToEndConfig, TokenBatch, plans, train, train_end_to_end
 from replacement.training.data import BridgeActivations, JointActivations, fill_cache, open_cache
+from replacement.training.export import export
 from replacement.training.kinds import sites
 from replacement.training.parallel import ALONE, Mesh, mesh_of
 from replacement.training.report import Record
@@ -104,9 +103,8 @@ def run_case(case: Case, folder: Path, mesh: Mesh = ALONE) -> None:
     if case.end_to_end:
         stage = EndToEndConfig(steps=8, documents=8, bridging_weight=0.5, input_noise=0.1)
         train_end_to_end(model, trainee, documents, config=stage, listeners=[records.append], show_progress=False)
-    found = trainee.dictionaries()
+    export(trainee, out, metadata={})
     if mesh.is_first:
-        formats.save(DictionarySet({one.layer: one for one in found}, case.name), out)
         figures = [{name: getattr(record, name) for name in FIGURES} for record in records]
         (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
 
@@ -155,11 +153,12 @@ def documents(index: int) -> TokenBatch:
 
 
 class Job(NamedTuple):
-    """A case, where it is trained, and over how many processes the features of each dictionary are spread."""
+    """A case, its folder, over how many processes the features of each dictionary are spread, and what is done."""
 
     case: Case
     folder: Path
     shards: int
+    do: Callable[[Case, Path, Mesh], None] = run_case
 
 
 def spawn(jobs: Sequence[Job], *, size: int) -> None:
@@ -173,7 +172,7 @@ def _process(rank: int, size: int, jobs: Sequence[Job], meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=rank, world_size=size)
     meshes = {shards: mesh_of(shards) for shards in sorted({job.shards for job in jobs})}
     for job in jobs:
-        run_case(job.case, job.folder, meshes[job.shards])
+        job.do(job.case, job.folder, meshes[job.shards])
     dist.destroy_process_group()
 
 

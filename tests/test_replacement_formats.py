@@ -4,6 +4,7 @@ line."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as library_bytes
 
 from circuits import attribute
 from replacement import ReplacementModel, formats
@@ -318,18 +320,37 @@ def test_thresholds_are_stored_as_precise_as_they_are(tmp_path):
     torch.testing.assert_close(stored, made.by_layer[0].activation.threshold, rtol=0, atol=0)
 
 
-def test_a_failed_save_leaves_the_old_folder_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_failed_save_leaves_the_old_folder_whole(call, tmp_path, monkeypatch):
+    """Also where a later file is the one that can't be written."""
     folder = tmp_path / "set"
-    formats.save(random_set("llama", "transcoder", "relu", CFG), folder)
+    formats.save(replace(random_set("llama", "transcoder", "relu", CFG), labels={1: {3: "Texas"}}), folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    calls = []
 
     def full_disk(*_):
-        raise OSError(28, "No space left on device")
+        calls.append(call)
+        if call == "replace" or len(calls) == 3:
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("replacement.formats.native.os.replace", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, call, full_disk)
+    with pytest.raises(InputError, match=r"save\(.*set\): cannot be written \(No space left on device\); make room"):
         formats.save(random_set("llama", "skip_transcoder", "relu", CFG), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_are_those_of_the_safetensors_library(kind, dtype, tmp_path, monkeypatch):
+    """Byte for byte, whatever the size of the pieces that they are written in; thresholds keep their own dtype."""
+    made = random_set("llama", kind, "jumprelu", CFG)
+    for piece in (1, 500, 2**24):
+        monkeypatch.setattr("replacement.formats.tensors.PIECE_BYTES", piece)
+        formats.save(made, tmp_path, dtype=dtype)
+        for one in made:
+            whole = {name: tensor.to(getattr(torch, dtype)) for name, tensor in one.named_parameters()}
+            whole["threshold"] = one.activation.threshold
+            assert (tmp_path / f"layer_{one.layer}.safetensors").read_bytes() == library_bytes(whole)
 
 
 def test_find_names_what_there_is(tmp_path):

@@ -195,7 +195,7 @@ def test_one_process_shares_with_nobody() -> None:
     """Every collective returns what it was given, the very tensor where it can."""
     x, axis = torch.arange(6.0), Axis()
     assert all(f(x) is x for f in (axis.total, axis.average, axis.highest, axis.add, axis.mean, axis.share))
-    assert axis.collected(x) is x and axis.tokens_of(x) is x and mesh_of(1) is ALONE
+    assert axis.told(x) is x and axis.tokens_of(x) is x and mesh_of(1) is ALONE
     assert axis.largest(x, 2).tolist() == [5.0, 4.0] and axis.rows_of(6) == slice(0, 6)
 
 

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     from circuits.model_diff import BASE, TUNED, diff_models
     from circuits.report import as_json
     from replacement.errors import InputError
-    from replacement.formats.native import write_whole
+    from replacement.formats.drafts import write_whole
     from replacement.loading import load_bridge
     from replacement.model import DTYPES
 

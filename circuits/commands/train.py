@@ -138,7 +138,7 @@ def _report(finished: Finished, arguments: argparse.Namespace, seconds: float) -
         print(f"last step   FVU {last.fvu:.4f}   L0 {last.l0:.1f}   dead {last.dead:.1%}")
     print(f"wrote {finished.folder} in {seconds:.0f} s")
     print(f"next  circuits eval --model {arguments.model} --data {arguments.data} --dictionaries {finished.folder}")
-    if all(one.write in WRITES for one in finished.dictionaries):
+    if set(finished.written) <= set(WRITES):
         print(f'      circuits trace "..." --model {arguments.model} --dictionaries {finished.folder}')
 
 

@@ -7,14 +7,12 @@ trained). Tensors keep the project's names, one feature per row. `labels.json` m
 from __future__ import annotations
 
 import json
-import os
-import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as safetensors_bytes
+from jaxtyping import Shaped
 from torch import Tensor
 
 from replacement.activation import JumpReLU, build_activation
@@ -23,7 +21,8 @@ from replacement.crosscoder import Crosscoder
 from replacement.dictionary import Dictionary, DictionarySet, LearnedDictionary
 from replacement.encoding import LINEAR, Encoding, Linear, build_encoding
 from replacement.errors import InputError
-from replacement.formats.tensors import read_tensors, require_known, take
+from replacement.formats.drafts import Drafts
+from replacement.formats.tensors import Rows, read_tensors, require_known, row_slices, take, write_tensors
 from replacement.transcoder import Transcoder
 
 FORMAT = "circuits-dictionaries"
@@ -37,11 +36,20 @@ _CLASS_OF: dict[str, type[LearnedDictionary]] = {
 } | {Crosscoder.kind: Crosscoder}
 _DECODER_AXES = {Transcoder: 2, CrossLayerTranscoder: 3, Crosscoder: 3}
 
+Pieces = Callable[[LearnedDictionary, str], Iterable[Shaped[Tensor, "*rows"]]]
+"""A dictionary, and the name that a tensor is stored under -> the tensor's rows, in pieces one after another."""
+
 
 def recognises(folder: Path) -> bool:
     """Whether the folder looks like this format."""
     path = folder / "config.json"
     return path.is_file() and FORMAT in path.read_text(encoding="utf-8", errors="replace")
+
+
+def held(dictionary: LearnedDictionary, name: str) -> Iterator[Shaped[Tensor, "*rows"]]:
+    """Pieces of a tensor that the dictionary has in memory."""
+    tensor = _tensors(dictionary)[name].detach()
+    return (tensor[rows] for rows in row_slices(tensor.shape, tensor.dtype)) if tensor.ndim else iter((tensor,))
 
 
 def save(
@@ -50,53 +58,49 @@ def save(
     *,
     dtype: str = "float32",
     metadata: Mapping[str, object] | None = None,
+    pieces: Pieces = held,
 ) -> None:
-    """Write a set; every file appears whole, `config.json` last.
+    """Write a set; its files appear together when all are whole, `config.json` last.
 
     dtype: "float32", "float16", "bfloat16" or "float64" of the stored tensors.
     metadata: JSON values, kept in the config.
-    Raises InputError for another dtype, a kind that has no weights of its own, or weights too large for the dtype.
+    pieces: of tensors that are nowhere whole: a dictionary's own, on the device "meta", say shape and dtype. All other
+    tensors are taken as they are.
+    Raises InputError for another dtype, a kind that has no weights of its own, weights too large for the dtype, or a
+    disk that does not take them; what was in the folder stays.
     """
     if dtype not in DTYPES:
         raise InputError(f"save(dtype={dtype!r}): needs one of {', '.join(DTYPES)}")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for dictionary in dictionaries:
-        if not isinstance(dictionary, LearnedDictionary) or dictionary.kind not in _CLASS_OF:
-            raise InputError(
-                f"save: dictionaries of kind {dictionary.kind!r} are not stored; known: {', '.join(_CLASS_OF)}"
-            )
-        name = f"layer_{dictionary.layer}.safetensors"
-        write_whole(folder / name, safetensors_bytes(_stored(dictionary, getattr(torch, dtype))))
-        entry = {
-            "file": name,
-            "kind": dictionary.kind,
-            "layer": dictionary.layer,
-            "read": dictionary.read,
-            "write": dictionary.write,
-            "n_features": dictionary.n_features,
-            "activation": dictionary.activation.settings(),
-        }
-        if not isinstance(dictionary.encoding, Linear):
-            entry["encoder"] = dictionary.encoding.settings()
-        entries.append(entry | ({"parts": dictionary.parts} if isinstance(dictionary, Crosscoder) else {}))
+    learned = [_require_learned(dictionary) for dictionary in dictionaries]
     labels = {
         str(layer): {str(feature): words for feature, words in sorted(of_layer.items())}
         for layer, of_layer in sorted(dictionaries.labels.items())
     }
-    if labels:
-        write_whole(folder / "labels.json", _json(labels))
-    else:  # those of a set that was here before say nothing of this one
-        (folder / "labels.json").unlink(missing_ok=True)
     config = {
         "format": FORMAT,
         "version": VERSION,
         "name": dictionaries.name,
-        "dictionaries": entries,
+        "dictionaries": [_entry(dictionary) for dictionary in learned],
         "metadata": dict(dictionaries.metadata) | dict(metadata or {}),
     }
-    write_whole(folder / "config.json", _json(config))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with Drafts(folder) as drafts:
+            for dictionary in learned:
+                with drafts.file(_file_of(dictionary)) as file:
+                    write_tensors(file, _stored(dictionary, getattr(torch, dtype), pieces))
+            if not labels:  # those of a set that was here before say nothing of this one
+                drafts.drop("labels.json")
+            for name, content in {"labels.json": labels, "config.json": config}.items():
+                if content:
+                    with drafts.file(name) as file:
+                        file.write(_json(content))
+    except OSError as error:
+        raise InputError(
+            f"save({folder}): cannot be written ({error.strerror or error}); make room there and run it again, what "
+            "was in the folder before stays"
+        ) from error
 
 
 def load(folder: Path) -> DictionarySet:
@@ -159,20 +163,61 @@ def _encoding(entry: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> 
     return encoding
 
 
-def _stored(dictionary: LearnedDictionary, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The dictionary's tensors in `dtype`; thresholds decide what fires, and are never rounded."""
-    kept = {name: getattr(dictionary, name) for name in TENSORS if getattr(dictionary, name) is not None}
-    kept |= dict(dictionary.encoding.named_parameters())
-    tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in kept.items()}
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(
-                f"save: {name} of layer {dictionary.layer} has values that are not finite in {dtype}; pass float32"
-            )
+def _require_learned(dictionary: Dictionary) -> LearnedDictionary:
+    if not isinstance(dictionary, LearnedDictionary) or dictionary.kind not in _CLASS_OF:
+        raise InputError(
+            f"save: dictionaries of kind {dictionary.kind!r} are not stored; known: {', '.join(_CLASS_OF)}"
+        )
+    return dictionary
+
+
+def _file_of(dictionary: LearnedDictionary) -> str:
+    return f"layer_{dictionary.layer}.safetensors"
+
+
+def _entry(dictionary: LearnedDictionary) -> dict[str, Any]:
+    """What the config says of a dictionary."""
+    entry = {
+        "file": _file_of(dictionary),
+        "kind": dictionary.kind,
+        "layer": dictionary.layer,
+        "read": dictionary.read,
+        "write": dictionary.write,
+        "n_features": dictionary.n_features,
+        "activation": dictionary.activation.settings(),
+    }
+    if not isinstance(dictionary.encoding, Linear):
+        entry["encoder"] = dictionary.encoding.settings()
+    return entry | ({"parts": dictionary.parts} if isinstance(dictionary, Crosscoder) else {})
+
+
+def _tensors(dictionary: LearnedDictionary) -> dict[str, Tensor]:
+    """The dictionary's tensors by the names that they are stored under."""
+    tensors = {name: getattr(dictionary, name) for name in TENSORS if getattr(dictionary, name) is not None}
+    tensors |= dict(dictionary.encoding.named_parameters())
     if isinstance(dictionary.activation, JumpReLU):
-        threshold = dictionary.activation.threshold.detach()
-        tensors["threshold"] = threshold.to(torch.promote_types(threshold.dtype, torch.float32)).contiguous()
+        tensors["threshold"] = dictionary.activation.threshold
     return tensors
+
+
+def _stored(dictionary: LearnedDictionary, dtype: torch.dtype, pieces: Pieces) -> dict[str, Rows]:
+    """The dictionary's tensors in `dtype`; thresholds decide what fires, and are never rounded."""
+    found = {}
+    for name, tensor in _tensors(dictionary).items():
+        to = torch.promote_types(tensor.dtype, torch.float32) if name == "threshold" else dtype
+        source = pieces if tensor.is_meta else held
+        found[name] = Rows(tuple(tensor.shape), to, _converted(dictionary, name, to, source))
+    return found
+
+
+def _converted(dictionary: LearnedDictionary, name: str, to: torch.dtype, source: Pieces) -> Iterator[Tensor]:
+    for piece in source(dictionary, name):
+        converted = piece.to(device="cpu", dtype=to)
+        if name != "threshold" and not torch.stack(torch.aminmax(converted)).isfinite().all():
+            raise InputError(
+                f"save: {name} of layer {dictionary.layer} has values that are not finite in {to}; pass float32"
+            )
+        yield converted
 
 
 def _load_labels(path: Path) -> dict[int, dict[int, str]]:
@@ -199,16 +244,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _json(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it appears whole or not at all."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
-    try:
-        with open(draft, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

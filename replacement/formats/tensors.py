@@ -1,11 +1,15 @@
-"""Reading safetensors files of dictionaries safely: every fault becomes one line. Knows no format."""
+"""Safetensors files of dictionaries: read safely, every fault in one line; written piece by piece. Knows no format."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import torch
+from jaxtyping import Shaped
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,6 +17,8 @@ from torch import Tensor
 from replacement.errors import InputError
 
 CHECKED_AT_ONCE = 2**24  #: numbers of a large tensor that are looked at together
+PIECE_BYTES = 2**23  #: of a tensor that is written piece by piece: those held at once, where a row is not more
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def read_tensors(path: Path, *, as_stored: Collection[str] = ()) -> dict[str, Tensor]:
@@ -50,3 +56,38 @@ def take(tensors: Mapping[str, Tensor], name: str, ndim: int, path: Path) -> Ten
     if tensors[name].ndim != ndim:
         raise InputError(f"{path}: tensor {name} has shape {list(tensors[name].shape)}, needs {ndim} axes")
     return tensors[name]
+
+
+class Rows(NamedTuple):
+    """A tensor that is to be written, and need not be anywhere as a whole."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Iterable[Shaped[Tensor, "rows ..."]]  #: in this dtype, one after another
+
+
+def row_slices(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[slice]:
+    """All rows of a tensor in their order, as many at a time as `PIECE_BYTES` hold, at least one."""
+    each = max(1, PIECE_BYTES // max(1, dtype.itemsize * math.prod(shape[1:])))
+    return (slice(start, min(start + each, shape[0])) for start in range(0, shape[0], each))
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Rows]) -> None:
+    """Write a safetensors file, the bytes that the library's `save` gives for the same tensors.
+
+    `[length of the header, 8 bytes][header, JSON][tensors one after another]`: the header follows from shapes alone.
+    """
+    in_order = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header, end = {}, 0
+    for name, rows in in_order:
+        start, end = end, end + rows.dtype.itemsize * math.prod(rows.shape)
+        header[name] = {"dtype": _NAMES[rows.dtype], "shape": rows.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    written = 0
+    for name, rows in in_order:
+        for piece in rows.pieces:
+            assert piece.dtype == rows.dtype
+            written += file.write(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        assert written == header[name]["data_offsets"][1], name

@@ -11,14 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from replacement.activation import JumpReLU
 from replacement.training import dead as remedies
 from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan
 from replacement.training.parallel import Mesh
 from replacement.training.schemes import scheme
 from replacement.training.sparse import ActiveSet, decode_active
-from replacement.training.sparsity import Encoder, Exported, GatedSparsity, sparsity
+from replacement.training.sparsity import Encoder, GatedSparsity, sparsity
 from replacement.training.starts import start
 
 
@@ -213,16 +212,3 @@ class Coder(nn.Module):
     def calibrate(self, x: Float[Tensor, "tokens d_in"]) -> None:
         """Set what the finished dictionary's activation function needs, on scaled inputs."""
         self.sparsity.calibrate(x, self.encoder())
-
-    def export(self) -> tuple[Exported, Float[Tensor, "n_features n_writes d_out"]]:
-        """Encoder and activation function, and decoder rows, of norm 1 where the sparsity allows it; whole in the first
-        process of those that hold the features.
-        """
-        exported, collected = self.sparsity.export(self.encoder()), self.mesh.features.collected
-        W_dec = self.W_dec.detach()
-        W_dec = W_dec / self.norms().detach()[:, None, None] if exported.unit_rows else W_dec.clone()
-        activation = exported.activation
-        if self.mesh.features.size > 1 and isinstance(activation, JumpReLU) and activation.threshold.ndim:
-            activation = JumpReLU(collected(activation.threshold))
-        whole = Exported(collected(exported.W_enc), collected(exported.b_enc), activation, exported.unit_rows)
-        return whole, collected(W_dec)

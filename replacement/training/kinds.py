@@ -117,7 +117,7 @@ def sites(planned: Sequence[Plan]) -> tuple[str, ...]:
 
 def build(plan: Plan, weights: Weights) -> LearnedDictionary:
     """The dictionary of a plan, for inference."""
-    read, write = (_site(names[0]) for names in (plan.reads, plan.writes))
+    read, write = (site_of(names[0]) for names in (plan.reads, plan.writes))
     if len(plan.reads) > 1:
         return Crosscoder(
             parts=plan.reads,
@@ -137,5 +137,6 @@ def build(plan: Plan, weights: Weights) -> LearnedDictionary:
     return CrossLayerTranscoder(**common, W_dec=weights.W_dec)
 
 
-def _site(name: str) -> str:
+def site_of(name: str) -> str:
+    """The site of a hook, without its layer and model."""
     return name.split(".", 2)[2]

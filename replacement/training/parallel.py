@@ -79,13 +79,18 @@ class Axis:
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)
 
-    def collected(self, x: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "all ..."]:
-        """The rows of all processes one after another, at place 0; elsewhere none."""
-        if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)] if self.place == 0 else None
-        dist.gather(x.contiguous(), parts, group=self.group, group_dst=0)
-        return x[:0] if parts is None else torch.cat(parts)
+    def told(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """What place 0 has, put into every process's tensor."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.group, group_src=0)
+        return x
+
+    def hand_over(self, x: Shaped[Tensor, "*shape"], *, by: int) -> None:
+        """Put what the process at place `by` has into the tensor of that at place 0; these two call this."""
+        if self.place != by:
+            dist.recv(x, group=self.group, group_src=by)
+        elif by:
+            dist.send(x.contiguous(), group=self.group, group_dst=0)
 
     def largest(self, x: Shaped[Tensor, "... n"], k: int) -> Shaped[Tensor, "... k"]:
         """The k largest entries of all processes along the last axis, in falling order; `x` may differ in length."""

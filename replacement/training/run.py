@@ -25,7 +25,7 @@ import torch
 from replacement import formats
 from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
-from replacement.formats.native import write_whole
+from replacement.formats.drafts import write_whole
 from replacement.training.bridge import ReplaceableBridge
 from replacement.training.config import EndToEndConfig, TrainingConfig
 from replacement.training.data import (
@@ -39,7 +39,8 @@ from replacement.training.data import (
 )
 from replacement.training.data.cache import CacheIndex
 from replacement.training.end_to_end import TokenBatch, train_end_to_end
-from replacement.training.kinds import plans, sites
+from replacement.training.export import export
+from replacement.training.kinds import plans, site_of, sites
 from replacement.training.pairs import require_comparable
 from replacement.training.parallel import ALONE, Mesh
 from replacement.training.reconstruction import train
@@ -51,10 +52,15 @@ class Finished(NamedTuple):
     """What a run leaves behind."""
 
     folder: Path
-    dictionaries: DictionarySet  #: in the first process; the others have none
+    written: tuple[str, ...]  #: sites that the dictionaries write, each once
     reconstruction: Record | None  #: the last step of the stage, None where it was done before; in the first process
     end_to_end: Record | None
     cache: CacheIndex | None  #: what the cache holds, and what its precision lost; None where the model was run
+
+    @property
+    def dictionaries(self) -> DictionarySet:
+        """What was trained, read back from the folder; it may be more than this machine has memory for."""
+        return formats.load(self.folder)
 
 
 class _Last:
@@ -121,12 +127,10 @@ def run(
         replaceable, batch = ReplaceableBridge(bridge, sites(planned)), partial(_batch, tokens, end_to_end.documents)
         last_checkpoint = checkpoint.with_stem("end_to_end")
         train_end_to_end(replaceable, trainee, batch, config=end_to_end, checkpoint=last_checkpoint, **watched)
-    dictionaries = DictionarySet({one.layer: one for one in trainee.dictionaries()}, out.name, metadata=settings)
-    if mesh.is_first:
-        formats.save(dictionaries, out)
-    mesh.wait()
+    export(trainee, out, metadata=settings)
     index = source.index if isinstance(source, CachedActivations) else None
-    return Finished(out, dictionaries, last.records.get("reconstruction"), last.records.get("end to end"), index)
+    written = tuple(dict.fromkeys(site_of(name) for name in trainee.written))
+    return Finished(out, written, last.records.get("reconstruction"), last.records.get("end to end"), index)
 
 
 def _bridges(bridge: Any, end_to_end: EndToEndConfig | None) -> dict[str, Any]:

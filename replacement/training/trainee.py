@@ -19,10 +19,10 @@ from replacement.errors import InputError
 from replacement.training import kinds
 from replacement.training.coder import Coder, Pass
 from replacement.training.config import TrainingConfig
-from replacement.training.kinds import Plan, Weights
+from replacement.training.export import Unscaled, dictionaries
+from replacement.training.kinds import Plan
 from replacement.training.parallel import ALONE, Axis, Mesh
 from replacement.training.source import Activations
-from replacement.training.sparsity import Exported
 
 
 class Losses(NamedTuple):
@@ -187,20 +187,20 @@ class Trainee(nn.Module):
         for coder in self:
             coder.calibrate(self.read(coder, activations))
 
-    @torch.no_grad()
-    def dictionaries(self) -> list[LearnedDictionary]:
-        """The same maps on unscaled activations: input scales in the encoders, output scales in the decoders.
+    def unscaled(self, index: int) -> Unscaled:
+        """A dictionary as it leaves training, by its number: of its features those that this process holds."""
+        coder = cast(Coder, self.coders[index])
+        per_part = coder.W_enc.shape[1] // len(coder.plan.reads)
+        return Unscaled(
+            coder,
+            into=torch.stack([self.scale_of(name) for name in coder.plan.reads]).repeat_interleave(per_part),
+            out=torch.stack([self.scale_of(name) for name in coder.plan.writes]),
+            b_dec=torch.stack([self.bias(name).detach() for name in coder.plan.writes]),
+        )
 
-        Of several processes the first one gets them, whole, the others none; all have to ask.
-        """
-        if self.mesh.data.place:
-            return []
-        found = []
-        for coder in self:
-            exported, W_dec = coder.export()
-            if self.mesh.is_first:
-                found.append(self._dictionary(coder, exported, W_dec))
-        return found
+    def dictionaries(self) -> list[LearnedDictionary]:
+        """The same maps on unscaled activations, in memory; see `export.dictionaries`."""
+        return dictionaries(self)
 
     @staticmethod
     def is_spread(name: str, axes: int) -> bool:
@@ -228,23 +228,6 @@ class Trainee(nn.Module):
         alike, spread = (nn.utils.get_total_norm(some) ** 2 for some in grads)
         norm = (self.mesh.features.total(spread) + alike).sqrt()
         nn.utils.clip_grads_with_norm_(held, longest, norm)
-
-    def _dictionary(self, coder: Coder, exported: Exported, W_dec: Tensor) -> LearnedDictionary:
-        per_part = coder.W_enc.shape[1] // len(coder.plan.reads)
-        into = torch.stack([self.scale_of(name) for name in coder.plan.reads]).repeat_interleave(per_part)
-        out = torch.stack([self.scale_of(name) for name in coder.plan.writes])
-        b_dec = torch.stack([self.bias(name).detach() for name in coder.plan.writes])
-        skip = None if coder.W_skip is None else coder.W_skip.detach() * (into[0] / out[0])
-        weights = Weights(
-            W_enc=exported.W_enc * into,
-            b_enc=exported.b_enc.clone(),
-            W_dec=W_dec / out[:, None],
-            b_dec=b_dec / out[:, None],
-            W_skip=skip,
-            activation=exported.activation,
-            encoding=coder.scheme.export(into),
-        )
-        return kinds.build(coder.plan, weights)
 
 
 def unexplained(

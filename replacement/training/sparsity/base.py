@@ -52,7 +52,7 @@ class Encoder(NamedTuple):
 class Exported(NamedTuple):
     """The same encoder for the finished dictionary."""
 
-    W_enc: Float[Tensor, "rows d_in"]
+    factors: tuple[Float[Tensor, " rows"], ...]  #: what encoder rows are multiplied by, one after another
     b_enc: Float[Tensor, " rows"]
     activation: Activation
     unit_rows: bool = True  #: whether it is meant for decoder rows of norm 1, so that activations are what is written

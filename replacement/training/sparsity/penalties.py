@@ -17,10 +17,6 @@ _QUADRATIC_WEIGHT = 1.0
 _LOWEST = 0.05  # of a threshold, in bandwidths
 
 
-def _unit(encoder: Encoder) -> tuple[Tensor, Tensor]:
-    return encoder.W_enc * encoder.norms[:, None], encoder.b_enc * encoder.norms
-
-
 class ReLUSparsity(Penalised):
     """`max(pre, 0)` with the penalty `sum a |d|` (Bricken et al. 2023; Anthropic, April 2024)."""
 
@@ -38,7 +34,7 @@ class ReLUSparsity(Penalised):
         return self.controlled(self.fires(activations, active)) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
-        return Exported(*_unit(encoder), ReLU())
+        return Exported((encoder.norms,), encoder.b_enc * encoder.norms, ReLU())
 
 
 def _l1(activations: Tensor, active: ActiveSet, norms: Tensor, k: int) -> Tensor:
@@ -93,7 +89,7 @@ class JumpReLUSparsity(Penalised):
 
     def export(self, encoder: Encoder) -> Exported:
         threshold = self.levels(encoder) * encoder.norms
-        return Exported(*_unit(encoder), JumpReLU(threshold))
+        return Exported((encoder.norms,), encoder.b_enc * encoder.norms, JumpReLU(threshold))
 
 
 class GatedSparsity(Penalised):
@@ -134,10 +130,9 @@ class GatedSparsity(Penalised):
     def export(self, encoder: Encoder) -> Exported:
         """`a = pre [pre > max(threshold, 0)]` with `pre = exp(r_mag) g + shift`: the gate is open where pre > shift."""
         scale = self.r_mag.detach().exp()
-        W_enc, b_enc = encoder.W_enc * scale[:, None], encoder.b_enc * scale + self.shift.detach()
-        threshold = self.shift.detach().clamp_min(0.0)
+        b_enc, threshold = encoder.b_enc * scale + self.shift.detach(), self.shift.detach().clamp_min(0.0)
         norms = encoder.norms
-        return Exported(W_enc * norms[:, None], b_enc * norms, JumpReLU(threshold * norms))
+        return Exported((scale, norms), b_enc * norms, JumpReLU(threshold * norms))
 
 
 class _Jump(torch.autograd.Function):

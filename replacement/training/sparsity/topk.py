@@ -37,7 +37,7 @@ class TopKSparsity(Sparsity):
 
     def export(self, encoder: Encoder) -> Exported:
         """Rows keep their length: which are the largest would change with it."""
-        return Exported(encoder.W_enc, encoder.b_enc, TopK(self.k), unit_rows=False)
+        return Exported((), encoder.b_enc, TopK(self.k), unit_rows=False)
 
 
 class BatchTopKSparsity(Sparsity):
@@ -115,8 +115,8 @@ class BatchTopKSparsity(Sparsity):
         if encoder.scheme.shares_rows:
             levels = self.levels(encoder)
             kept: Activation = JumpReLU(levels) if self.floor else BatchTopK(levels, self.k)
-            return Exported(encoder.W_enc, encoder.b_enc, kept, unit_rows=False)
+            return Exported((), encoder.b_enc, kept, unit_rows=False)
         norms, activation = encoder.norms, BatchTopK(self.threshold.clone(), self.k)
         if self.floor:
             activation = JumpReLU(torch.maximum(self.threshold, self.floor * self.peak * norms))  # type: ignore[assignment]
-        return Exported(encoder.W_enc * norms[:, None], encoder.b_enc * norms, activation)
+        return Exported((norms,), encoder.b_enc * norms, activation)
