@@ -45,10 +45,11 @@ class ToyMLPs:
     tokens = 96
     sites = tuple(hook(layer, site) for layer in range(N_LAYERS) for site in (MLP_IN, MLP_OUT))
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
-        self.up = torch.randn(N_LAYERS, D_MODEL, 4 * D_MODEL, generator=generator) / D_MODEL**0.5
-        self.down = torch.randn(N_LAYERS, 4 * D_MODEL, D_MODEL, generator=generator) / (4 * D_MODEL) ** 0.5
+        up = torch.randn(N_LAYERS, D_MODEL, 4 * D_MODEL, generator=generator) / D_MODEL**0.5
+        down = torch.randn(N_LAYERS, 4 * D_MODEL, D_MODEL, generator=generator) / (4 * D_MODEL) ** 0.5
+        self.up, self.down = up.to(device), down.to(device)
         self.centres = torch.randn(20, D_MODEL, generator=generator)
 
     def run(self, layer: int, x: torch.Tensor) -> torch.Tensor:
@@ -248,11 +249,11 @@ def test_contradictory_settings_are_named(changes: dict, words: str) -> None:
 class ToyModel:
     """A residual stream of two MLPs between a fixed embedding and unembedding."""
 
-    def __init__(self) -> None:
-        self.mlps = ToyMLPs()
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.mlps = ToyMLPs(device)
         generator = torch.Generator().manual_seed(5)
-        self.embed = torch.randn(12, D_MODEL, generator=generator)
-        self.unembed = torch.randn(D_MODEL, 12, generator=generator)
+        self.embed = torch.randn(12, D_MODEL, generator=generator).to(device)
+        self.unembed = torch.randn(D_MODEL, 12, generator=generator).to(device)
 
     def replaced(self, tokens, where, replacement):
         x = self.embed[tokens]

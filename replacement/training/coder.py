@@ -68,7 +68,7 @@ class Coder(nn.Module):
         self.prefixes = tuple(min(max(0, p - held.start), held.stop - held.start) for p in config.prefixes)
         self.same = plan.reads == plan.writes
         self.dead, self.dead_k, self.dead_after = config.dead, config.dead_k, config.dead_after
-        self.scheme = scheme(config, x.shape[1])
+        self.scheme = scheme(config, x.shape[1]).to(x.device)
         # clusters are of what a layer's own MLP does; what they are worth to later layers is for training to find
         own = y[:, :1] if plan.across and config.start == "clusters" else y
         rows = start(
@@ -81,14 +81,14 @@ class Coder(nn.Module):
             generator=generator,
         )
         rows = self.scheme.prepare(rows, x, generator)
-        self.sparsity = sparsity(config, config.k_of(index, count), mesh)
+        self.sparsity = sparsity(config, config.k_of(index, count), mesh).to(x.device)
         self.W_enc = nn.Parameter(rows.W_enc)
-        W_dec = torch.zeros(len(rows.W_dec), *y.shape[1:])
+        W_dec = y.new_zeros(len(rows.W_dec), *y.shape[1:])
         W_dec[:, : own.shape[1]] = rows.W_dec.unflatten(1, own.shape[1:]) / (shared if own is y else 1)
         self.W_dec = nn.Parameter(W_dec)
         self.b_enc = nn.Parameter(rows.b_enc)
-        self.W_skip = nn.Parameter(torch.zeros(y.shape[2], x.shape[1])) if plan.skip else None
-        self.register_buffer("since_fired", torch.zeros(held.stop - held.start))
+        self.W_skip = nn.Parameter(x.new_zeros(y.shape[2], x.shape[1])) if plan.skip else None
+        self.register_buffer("since_fired", x.new_zeros(held.stop - held.start))
         with torch.no_grad():
             self.b_enc.copy_(self.sparsity.prepare(x, self.encoder()))
 
@@ -153,7 +153,7 @@ class Coder(nn.Module):
         if count == 0:
             return error.new_zeros(())
         chosen = torch.randperm(len(x) * data.size, generator=generator)[: remedies.ROWS]
-        rows = data.tokens_of(chosen)
+        rows = data.tokens_of(chosen).to(x.device)
         seen, missed = x[rows].detach(), error[rows].detach().flatten(1)
         pre = self.scheme.dense(seen, self.W_enc, self.b_enc, dead)
         if (weight := self.scheme.weight(seen)) is not None:

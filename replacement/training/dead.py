@@ -100,7 +100,7 @@ def resampled(
     fire, as far as this process has them. same: whether the dictionary writes where it reads; then the encoder reads
     the error's direction. own: which of the n this process holds.
     """
-    badness = mesh.data.fetched(error.pow(2).sum(1), torch.arange(len(x) * mesh.data.size))
+    badness = mesh.data.fetched(error.pow(2).sum(1), torch.arange(len(x) * mesh.data.size)).cpu()
     chosen: Int[Tensor, " dead"] = torch.multinomial(badness + 1e-12, n, True, generator=generator)[own]
     W_dec = F.normalize(mesh.data.fetched(error, chosen), dim=1)
     alive, lengths = mesh.features.count(len(living)), mesh.features.total(living.norm(dim=1).sum())

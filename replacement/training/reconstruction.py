@@ -35,6 +35,7 @@ def train(
     listeners: Sequence[Listener] = (),
     show_progress: bool = True,
     mesh: Mesh = ALONE,
+    device: torch.device | str = "cpu",
 ) -> Trainee:
     """Train the planned dictionaries.
 
@@ -46,11 +47,17 @@ def train(
     that did not. stop_after: leave after this many steps in all. listeners: called with a `Record` after every step, in
     the first process. mesh: processes that train together, all of which call this; the batches, the losses and the
     dictionaries are those of one process, but for rounding, and a run may go on with another number of processes.
+    device: where the dictionaries are trained; a run may go on on another one, then equal but for rounding.
     Raises `InputError` when the checkpoint belongs to other settings, when activations are not finite, or when the disk
     is full; the last checkpoint stays.
     """
     stream = Stream(
-        source, buffer_bytes=config.buffer_bytes, batch_tokens=config.batch_tokens, seed=config.seed, mesh=mesh
+        source,
+        buffer_bytes=config.buffer_bytes,
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+        mesh=mesh,
+        device=device,
     )
     trainee = Trainee(planned, stream.sample(_START_TOKENS), config, mesh)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)

@@ -100,6 +100,11 @@ class Trainee(nn.Module):
         for coder in self:
             coder.mesh = coder.sparsity.mesh = mesh
 
+    @property
+    def device(self) -> torch.device:
+        """Where the dictionaries are trained."""
+        return self.scale.device
+
     def scale_of(self, name: str) -> Float[Tensor, ""]:
         """The factor that brings a site's activations to scaled units."""
         return self.scale[self.sites.index(name)]
@@ -189,7 +194,7 @@ class Trainee(nn.Module):
 
     @torch.no_grad()
     def dictionaries(self) -> list[LearnedDictionary]:
-        """The same maps on unscaled activations: input scales in the encoders, output scales in the decoders.
+        """The same maps on unscaled activations, on the CPU: input scales in encoders, output scales in decoders.
 
         Of several processes the first one gets them, whole, the others none; all have to ask.
         """
@@ -199,7 +204,7 @@ class Trainee(nn.Module):
         for coder in self:
             exported, W_dec = coder.export()
             if self.mesh.is_first:
-                found.append(self._dictionary(coder, exported, W_dec))
+                found.append(self._dictionary(coder, exported, W_dec).cpu())
         return found
 
     @staticmethod

@@ -7,6 +7,7 @@ rounding errors. The exact values of those decide. Knows nothing of decoders and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -115,8 +116,23 @@ class _Product:
         for start in range(0, max(1, n_tokens), self.tokens):  # an empty chunk where there are no tokens
             piece = slice(start, min(start + self.tokens, n_tokens))
             margin = self.x.error[piece] * self.norm + self.x.norm[piece] * self.error + self.b_error
-            pre = torch.addmm(self.b, self.x.rows[piece], self.W.rows.T, out=memory[: piece.stop - start])
+            with _whole_sums(self.b.device):
+                pre = torch.addmm(self.b, self.x.rows[piece], self.W.rows.T, out=memory[: piece.stop - start])
             yield start, pre.bfloat16(), margin
+
+
+@contextmanager
+def _whole_sums(device: torch.device) -> Iterator[None]:
+    """Products of bfloat16 summed in float32 to the end, as the margins suppose; a GPU may round partial sums."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    if device.type == "cuda":
+        settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            settings.allow_bf16_reduced_precision_reduction = before
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
