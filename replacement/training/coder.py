@@ -51,20 +51,18 @@ class Coder(nn.Module):
         y: Float[Tensor, "tokens n_writes d_out"],
         *,
         config: TrainingConfig,
-        index: int,
-        count: int,
         shared: int,
         mesh: Mesh,
     ) -> None:
         """Start from a sample of scaled activations.
 
-        index, count: which dictionary of how many this is. shared: dictionaries that write to the same sites, so that
-        each starts with its share.
+        config: of this dictionary. shared: dictionaries that write to the same sites, so that each starts with its
+        share.
         """
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed * 1009 + plan.layer)
         self.plan, self.mesh = plan, mesh
-        held = mesh.features.rows_of(config.n_features)
+        held = mesh.features.rows_of(config.width)
         self.prefixes = tuple(min(max(0, p - held.start), held.stop - held.start) for p in config.prefixes)
         self.same = plan.reads == plan.writes
         self.dead, self.dead_k, self.dead_after = config.dead, config.dead_k, config.dead_after
@@ -75,13 +73,13 @@ class Coder(nn.Module):
             config.start,
             x,
             own.flatten(1),
-            prefixes=(*config.prefixes, config.n_features) if not self.scheme.shares_rows else (self.scheme.n_rows,),
+            prefixes=(*config.prefixes, config.width) if not self.scheme.shares_rows else (self.scheme.n_rows,),
             same=self.same,
             own=mesh.features.rows_of(self.scheme.n_rows),
             generator=generator,
         )
         rows = self.scheme.prepare(rows, x, generator)
-        self.sparsity = sparsity(config, config.k_of(index, count), mesh).to(x.device)
+        self.sparsity = sparsity(config, config.k_of(0, 1), mesh).to(x.device)
         self.W_enc = nn.Parameter(rows.W_enc)
         W_dec = y.new_zeros(len(rows.W_dec), *y.shape[1:])
         W_dec[:, : own.shape[1]] = rows.W_dec.unflatten(1, own.shape[1:]) / (shared if own is y else 1)

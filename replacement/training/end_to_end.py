@@ -158,7 +158,7 @@ def train_end_to_end(
     """
     layers = tuple(coder.layer for coder in trainee)
     chosen = config.layers or layers
-    if not set(chosen) <= set(layers) or (config.k or 0) > trainee.config.n_features:
+    if not set(chosen) <= set(layers) or (config.k or 0) > min(trainee.config.widths):
         raise InputError(
             f"train_end_to_end(layers={config.layers}, k={config.k}): the dictionaries read layers {layers} and have "
             f"{trainee.config.n_features} features"

@@ -48,7 +48,7 @@ class Scheme(nn.Module, abc.ABC):
 
     def __init__(self, config: TrainingConfig) -> None:
         super().__init__()
-        self.n_features = config.n_features
+        self.n_features = config.width
 
     @property
     def n_rows(self) -> int:
@@ -118,7 +118,7 @@ class SwitchScheme(Scheme):
 
     def __init__(self, config: TrainingConfig, d_in: int) -> None:
         super().__init__(config)
-        self.balance_weight, self.size = config.balance_weight, config.n_features // config.experts
+        self.balance_weight, self.size = config.balance_weight, config.width // config.experts
         self.map = Switch(torch.zeros(config.experts, d_in), torch.zeros(config.experts))
 
     def prepare(self, rows: Detectors, x: Tensor, generator: torch.Generator) -> Detectors:
