@@ -155,6 +155,26 @@ def test_remedies_move_dead_features_only(remedy: str) -> None:
         assert moved[:10].any() and not moved[10:].any()
 
 
+@pytest.mark.parametrize("n_dead", [3, 20])
+def test_auxk_over_the_strongest_is_auxk_over_all(n_dead: int) -> None:
+    """The same loss and gradients as with every dead feature's pre-activation at every token."""
+    trainee, batch = toy_trainee(dead_k=5)
+    coder = next(iter(trainee))
+    dead = torch.arange(n_dead) * 2
+    coder.since_fired[dead] = 1e6
+    x = trainee.read(coder, batch)
+    error = torch.randn(len(x), 1, D_MODEL, generator=torch.Generator().manual_seed(1))
+    fast = coder.dead_loss(x, error, torch.Generator().manual_seed(0))
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    pre = F.relu(x[rows] @ coder.W_enc[dead].T + coder.b_enc[dead])
+    cut = pre * (pre >= pre.topk(min(5, n_dead), dim=1).values[:, -1:])
+    slow = (error[rows, 0] - cut @ coder.W_dec[dead, 0]).pow(2).mean()
+    torch.testing.assert_close(fast, slow)
+    parameters = [coder.W_enc, coder.b_enc, coder.W_dec]
+    for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in (fast, slow)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_resampled_features_start_at_tokens_that_are_badly_rebuilt() -> None:
     """All error lies at one token: dead features take its direction, and their optimiser state is zero."""
     trainee, batch = toy_trainee(dead="resample")

@@ -16,7 +16,7 @@ from replacement.training import dead as remedies
 from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan
 from replacement.training.parallel import Mesh
-from replacement.training.schemes import scheme
+from replacement.training.schemes import LinearScheme, scheme
 from replacement.training.sparse import ActiveSet, decode_active
 from replacement.training.sparsity import Encoder, Exported, GatedSparsity, sparsity
 from replacement.training.starts import start
@@ -152,14 +152,18 @@ class Coder(nn.Module):
             return error.new_zeros(())
         chosen = torch.randperm(len(x) * data.size, generator=generator)[: remedies.ROWS]
         rows = data.tokens_of(chosen).to(x.device)
-        seen, missed = x[rows].detach(), error[rows].detach().flatten(1)
+        seen = x[rows].detach()
+        missed = remedies.Missed(error[rows].detach().flatten(1), self.dead_k, count, len(chosen), self.mesh)
+        if self.dead == "auxk" and isinstance(self.scheme, LinearScheme):
+            top = self.scheme.top(seen, self.W_enc[dead], self.b_enc[dead], min(self.dead_k, count))
+            strongest = ActiveSet(top.token, dead[top.feature], len(seen), len(self.W_dec))
+            values = self.scheme.values(seen, self.W_enc, self.b_enc, strongest)
+            return remedies.auxk_of_strongest(values, self.W_dec.flatten(1), strongest, missed)
         pre = self.scheme.dense(seen, self.W_enc, self.b_enc, dead)
         if (weight := self.scheme.weight(seen)) is not None:
             pre = pre * weight[:, None]
         W_dec, level = self.W_dec[dead].flatten(1), self.sparsity.levels(self.encoder())[dead]
-        return remedies.LOSSES[self.dead](
-            remedies.Dead(pre, W_dec, missed, self.dead_k, level, n_dead=count, rows=len(chosen), mesh=self.mesh)
-        )
+        return remedies.LOSSES[self.dead](remedies.Dead(pre, W_dec, level), missed)
 
     @torch.no_grad()
     def resample(
