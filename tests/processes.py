@@ -84,9 +84,9 @@ def cases_of(shards: int, cases: Sequence[Case] = CASES) -> tuple[Case, ...]:
     return tuple(cases) if shards > 1 else (*cases, *WHOLE)
 
 
-def run_case(case: Case, folder: Path, mesh: Mesh = ALONE) -> None:
+def run_case(case: Case, folder: Path, mesh: Mesh = ALONE, device: torch.device | str = "cpu") -> None:
     """Train one case in `folder/name`: figures of every step as JSON, and the dictionaries."""
-    model = ToyModel()
+    model = ToyModel(device)
     config, records = toy_config(**case.settings), list[Record]()
     out = folder / case.name
     out.mkdir(parents=True, exist_ok=True)
@@ -99,14 +99,20 @@ def run_case(case: Case, folder: Path, mesh: Mesh = ALONE) -> None:
         listeners=[records.append],
         show_progress=False,
         mesh=mesh,
+        device=device,
     )
     if case.end_to_end:
         stage = EndToEndConfig(steps=8, documents=8, bridging_weight=0.5, input_noise=0.1)
         train_end_to_end(model, trainee, documents, config=stage, listeners=[records.append], show_progress=False)
     export(trainee, out, metadata={})
     if mesh.is_first:
-        figures = [{name: getattr(record, name) for name in FIGURES} for record in records]
-        (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
+        write_figures(records, out)
+
+
+def write_figures(records: Sequence[Record], out: Path) -> None:
+    """Leave what `largest_difference` reads."""
+    figures = [{name: getattr(record, name) for name in FIGURES} for record in records]
+    (out / "figures.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
 def source_of(case: Case, model: ToyModel, out: Path, mesh: Mesh) -> ActivationSource:
@@ -176,18 +182,15 @@ def _process(rank: int, size: int, jobs: Sequence[Job], meeting: str) -> None:
     dist.destroy_process_group()
 
 
-def largest_difference(a: Path, b: Path, case: Case) -> dict[str, float]:
+def largest_difference(a: Path, b: Path, name: str) -> dict[str, float]:
     """How far two runs of a case are apart, relative where figures are above 1: the largest over all steps."""
-    one, other = (json.loads((folder / case.name / "figures.json").read_text()) for folder in (a, b))
+    one, other = (json.loads((folder / name / "figures.json").read_text()) for folder in (a, b))
     assert len(one) == len(other) > 0
+    pairs = list(zip(one, other, strict=True))
     return {
-        name: max(
-            abs(x[name] - y[name]) / max(1.0, abs(x[name]))
-            for x, y in zip(one, other, strict=True)
-            if x[name] is not None
-        )
-        for name in FIGURES
-        if any(x[name] is not None for x in one)
+        figure: max(abs(x[figure] - y[figure]) / max(1.0, abs(x[figure])) for x, y in pairs if x[figure] is not None)
+        for figure in FIGURES
+        if any(x[figure] is not None for x, _ in pairs)
     }
 
 
@@ -206,7 +209,7 @@ def main() -> None:
             spawn([Job(case, Path(place) / f"{size}-{n}", n) for n in ways for case in cases_of(n)], size=size)
         for size, shards in WAYS:
             folder = Path(place) / f"{size}-{shards}"
-            found = {case.name: largest_difference(one, folder, case) for case in cases_of(shards)}
+            found = {case.name: largest_difference(one, folder, case.name) for case in cases_of(shards)}
             most = {name: max(each[name] for each in found.values()) for name in FIGURES[:4]}
             worst = max(found, key=lambda name: found[name]["loss"])
             print(f"{size:9} {size // shards:5} {shards:8}", *(f"{most[name]:9.1e}" for name in most), f" {worst}")

@@ -45,10 +45,11 @@ class ToyMLPs:
     tokens = 96
     sites = tuple(hook(layer, site) for layer in range(N_LAYERS) for site in (MLP_IN, MLP_OUT))
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
-        self.up = torch.randn(N_LAYERS, D_MODEL, 4 * D_MODEL, generator=generator) / D_MODEL**0.5
-        self.down = torch.randn(N_LAYERS, 4 * D_MODEL, D_MODEL, generator=generator) / (4 * D_MODEL) ** 0.5
+        up = torch.randn(N_LAYERS, D_MODEL, 4 * D_MODEL, generator=generator) / D_MODEL**0.5
+        down = torch.randn(N_LAYERS, 4 * D_MODEL, D_MODEL, generator=generator) / (4 * D_MODEL) ** 0.5
+        self.up, self.down = up.to(device), down.to(device)
         self.centres = torch.randn(20, D_MODEL, generator=generator)
 
     def run(self, layer: int, x: torch.Tensor) -> torch.Tensor:
@@ -154,6 +155,26 @@ def test_remedies_move_dead_features_only(remedy: str) -> None:
         assert moved[:10].any() and not moved[10:].any()
 
 
+@pytest.mark.parametrize("n_dead", [3, 20])
+def test_auxk_over_the_strongest_is_auxk_over_all(n_dead: int) -> None:
+    """The same loss and gradients as with every dead feature's pre-activation at every token."""
+    trainee, batch = toy_trainee(dead_k=5)
+    coder = next(iter(trainee))
+    dead = torch.arange(n_dead) * 2
+    coder.since_fired[dead] = 1e6
+    x = trainee.read(coder, batch)
+    error = torch.randn(len(x), 1, D_MODEL, generator=torch.Generator().manual_seed(1))
+    fast = coder.dead_loss(x, error, torch.Generator().manual_seed(0))
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    pre = F.relu(x[rows] @ coder.W_enc[dead].T + coder.b_enc[dead])
+    cut = pre * (pre >= pre.topk(min(5, n_dead), dim=1).values[:, -1:])
+    slow = (error[rows, 0] - cut @ coder.W_dec[dead, 0]).pow(2).mean()
+    torch.testing.assert_close(fast, slow)
+    parameters = [coder.W_enc, coder.b_enc, coder.W_dec]
+    for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in (fast, slow)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_resampled_features_start_at_tokens_that_are_badly_rebuilt() -> None:
     """All error lies at one token: dead features take its direction, and their optimiser state is zero."""
     trainee, batch = toy_trainee(dead="resample")
@@ -229,6 +250,10 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     ("changes", "words"),
     [
         ({"n_features": 30}, "multiple of 8"),
+        ({"n_features": (64, 30)}, "multiple of 8"),
+        ({"n_features": (64, 32), "prefixes": (32,)}, "leave n_features itself out"),
+        ({"n_features": (64, 32), "k": (4, 4, 4)}, "needs one number each"),
+        ({"n_features": ()}, "needs one number each"),
         ({"prefixes": (32, 16)}, "ascending sizes"),
         ({"prefixes": (64,)}, "leave n_features itself out"),
         ({"prefixes": (63,)}, r"parts have \[63, 1\] features and the last must be the largest"),
@@ -248,11 +273,11 @@ def test_contradictory_settings_are_named(changes: dict, words: str) -> None:
 class ToyModel:
     """A residual stream of two MLPs between a fixed embedding and unembedding."""
 
-    def __init__(self) -> None:
-        self.mlps = ToyMLPs()
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.mlps = ToyMLPs(device)
         generator = torch.Generator().manual_seed(5)
-        self.embed = torch.randn(12, D_MODEL, generator=generator)
-        self.unembed = torch.randn(D_MODEL, 12, generator=generator)
+        self.embed = torch.randn(12, D_MODEL, generator=generator).to(device)
+        self.unembed = torch.randn(D_MODEL, 12, generator=generator).to(device)
 
     def replaced(self, tokens, where, replacement):
         x = self.embed[tokens]

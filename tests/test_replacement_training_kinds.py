@@ -94,6 +94,20 @@ def write_all(dictionaries: DictionarySet, batch: Activations) -> dict[str, Tens
     return {name: tensor for name, tensor in out.items() if tensor is not None}
 
 
+@pytest.mark.parametrize("kind", ["skip_transcoder", "clt"])
+def test_every_dictionary_can_have_a_width_of_its_own(kind: str) -> None:
+    """As k can; each starts and is trained as it would be with that width for all."""
+    given = config(kind, n_features=(112, 48), k=(4, 2), prefixes=(24,), start="clusters", steps=12)
+    planned = plans(given, N_LAYERS)
+    found = train(Planted(planned), planned, config=given, show_progress=False).dictionaries()
+    assert [dictionary.n_features for dictionary in found] == [112, 48]
+    source = Planted(planned)
+    alone = Trainee(planned, source.batch(0), given.of(1, 2))
+    mixed = Trainee(planned, source.batch(0), given)
+    for (name, a), (_, b) in zip(list(mixed)[1].named_parameters(), list(alone)[1].named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 @pytest.mark.parametrize(("kind", "sparsity"), TABLE)
 def test_features_are_affine_on_the_active_set(kind: str, sparsity: str) -> None:
     """An active feature of the exported dictionary is `w . x + b`, and w is its gradient (autograd)."""
@@ -220,6 +234,8 @@ def test_the_running_threshold_is_found_a_few_tokens_at_a_time(before: float, fl
 def test_layers_and_models_that_do_not_fit_are_named() -> None:
     with pytest.raises(InputError, match="the model has layers 0 to 1"):
         plans(config(layers=(0, 5)), N_LAYERS)
+    with pytest.raises(InputError, match="3 numbers for 2 dictionaries"):
+        plans(config(n_features=(64, 64, 64)), N_LAYERS)
     with pytest.raises(InputError, match="layers without a gap"):
         plans(config("clt", layers=(0, 2)), 3)
     with pytest.raises(InputError, match="several models need kind='crosscoder'"):

@@ -64,7 +64,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_same_runs(one: Path, other: Path, cases: Sequence[Case]) -> None:
     """Every figure of every step, and every tensor of the dictionaries, but for rounding."""
     for case in cases:
-        differences = largest_difference(one, other, case)
+        differences = largest_difference(one, other, case.name)
         assert max(differences.values()) < CLOSE, (case.name, differences)
         for a, b in zip(formats.load(one / case.name), formats.load(other / case.name), strict=True):
             for name, tensor in a.state_dict().items():

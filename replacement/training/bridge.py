@@ -1,7 +1,7 @@
 """A TransformerBridge as a model whose activations can be replaced while gradients flow: for the end-to-end stage.
 
 The first position (BOS) is left out everywhere: dictionaries are not trained on it, and it keeps the model's own
-values. The model may be on another device; dictionaries train on the CPU.
+values. Activations and logits stay where the model is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ReplaceableBridge:
 
         def keep(name: str) -> Callable[..., None]:
             def hook(tensor: Tensor, hook: object) -> None:
-                found[name] = tensor.detach()[:, 1:].flatten(2).flatten(0, 1).cpu()
+                found[name] = tensor.detach()[:, 1:].flatten(2).flatten(0, 1)
 
             return hook
 
@@ -47,7 +47,7 @@ class ReplaceableBridge:
 
         def put(name: str) -> Callable[..., Tensor | None]:
             def hook(tensor: Tensor, hook: object) -> Tensor | None:
-                replacement.read(name, tensor[:, 1:].flatten(2).cpu())
+                replacement.read(name, tensor[:, 1:].flatten(2))
                 out = replacement.write(name)
                 if out is None:
                     return None
@@ -61,6 +61,6 @@ class ReplaceableBridge:
         with warnings.catch_warnings():  # the bridge warns that edited values round differently; that is meant here
             warnings.simplefilter("ignore", UserWarning)
             device = next(self.bridge.parameters()).device
-            where = where.clone()
+            where = where.to(device, copy=True)
             where[:, 0] = False
-            return self.bridge.run_with_hooks(tokens.to(device), fwd_hooks=hooks).cpu()[where]
+            return self.bridge.run_with_hooks(tokens.to(device), fwd_hooks=hooks)[where]

@@ -56,7 +56,8 @@ def write_checkpoint(
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, part, metadata)
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        save_file(copies, part, metadata)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -15,7 +15,7 @@ from replacement.training import dead as remedies
 from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan
 from replacement.training.parallel import Mesh
-from replacement.training.schemes import scheme
+from replacement.training.schemes import LinearScheme, scheme
 from replacement.training.sparse import ActiveSet, decode_active
 from replacement.training.sparsity import Encoder, GatedSparsity, sparsity
 from replacement.training.starts import start
@@ -50,44 +50,42 @@ class Coder(nn.Module):
         y: Float[Tensor, "tokens n_writes d_out"],
         *,
         config: TrainingConfig,
-        index: int,
-        count: int,
         shared: int,
         mesh: Mesh,
     ) -> None:
         """Start from a sample of scaled activations.
 
-        index, count: which dictionary of how many this is. shared: dictionaries that write to the same sites, so that
-        each starts with its share.
+        config: of this dictionary. shared: dictionaries that write to the same sites, so that each starts with its
+        share.
         """
         super().__init__()
         generator = torch.Generator().manual_seed(config.seed * 1009 + plan.layer)
         self.plan, self.mesh = plan, mesh
-        held = mesh.features.rows_of(config.n_features)
+        held = mesh.features.rows_of(config.width)
         self.prefixes = tuple(min(max(0, p - held.start), held.stop - held.start) for p in config.prefixes)
         self.same = plan.reads == plan.writes
         self.dead, self.dead_k, self.dead_after = config.dead, config.dead_k, config.dead_after
-        self.scheme = scheme(config, x.shape[1])
+        self.scheme = scheme(config, x.shape[1]).to(x.device)
         # clusters are of what a layer's own MLP does; what they are worth to later layers is for training to find
         own = y[:, :1] if plan.across and config.start == "clusters" else y
         rows = start(
             config.start,
             x,
             own.flatten(1),
-            prefixes=(*config.prefixes, config.n_features) if not self.scheme.shares_rows else (self.scheme.n_rows,),
+            prefixes=(*config.prefixes, config.width) if not self.scheme.shares_rows else (self.scheme.n_rows,),
             same=self.same,
             own=mesh.features.rows_of(self.scheme.n_rows),
             generator=generator,
         )
         rows = self.scheme.prepare(rows, x, generator)
-        self.sparsity = sparsity(config, config.k_of(index, count), mesh)
+        self.sparsity = sparsity(config, config.k_of(0, 1), mesh).to(x.device)
         self.W_enc = nn.Parameter(rows.W_enc)
-        W_dec = torch.zeros(len(rows.W_dec), *y.shape[1:])
+        W_dec = y.new_zeros(len(rows.W_dec), *y.shape[1:])
         W_dec[:, : own.shape[1]] = rows.W_dec.unflatten(1, own.shape[1:]) / (shared if own is y else 1)
         self.W_dec = nn.Parameter(W_dec)
         self.b_enc = nn.Parameter(rows.b_enc)
-        self.W_skip = nn.Parameter(torch.zeros(y.shape[2], x.shape[1])) if plan.skip else None
-        self.register_buffer("since_fired", torch.zeros(held.stop - held.start))
+        self.W_skip = nn.Parameter(x.new_zeros(y.shape[2], x.shape[1])) if plan.skip else None
+        self.register_buffer("since_fired", x.new_zeros(held.stop - held.start))
         with torch.no_grad():
             self.b_enc.copy_(self.sparsity.prepare(x, self.encoder()))
 
@@ -152,15 +150,19 @@ class Coder(nn.Module):
         if count == 0:
             return error.new_zeros(())
         chosen = torch.randperm(len(x) * data.size, generator=generator)[: remedies.ROWS]
-        rows = data.tokens_of(chosen)
-        seen, missed = x[rows].detach(), error[rows].detach().flatten(1)
+        rows = data.tokens_of(chosen).to(x.device)
+        seen = x[rows].detach()
+        missed = remedies.Missed(error[rows].detach().flatten(1), self.dead_k, count, len(chosen), self.mesh)
+        if self.dead == "auxk" and isinstance(self.scheme, LinearScheme):
+            top = self.scheme.top(seen, self.W_enc[dead], self.b_enc[dead], min(self.dead_k, count))
+            strongest = ActiveSet(top.token, dead[top.feature], len(seen), len(self.W_dec))
+            values = self.scheme.values(seen, self.W_enc, self.b_enc, strongest)
+            return remedies.auxk_of_strongest(values, self.W_dec.flatten(1), strongest, missed)
         pre = self.scheme.dense(seen, self.W_enc, self.b_enc, dead)
         if (weight := self.scheme.weight(seen)) is not None:
             pre = pre * weight[:, None]
         W_dec, level = self.W_dec[dead].flatten(1), self.sparsity.levels(self.encoder())[dead]
-        return remedies.LOSSES[self.dead](
-            remedies.Dead(pre, W_dec, missed, self.dead_k, level, n_dead=count, rows=len(chosen), mesh=self.mesh)
-        )
+        return remedies.LOSSES[self.dead](remedies.Dead(pre, W_dec, level), missed)
 
     @torch.no_grad()
     def resample(

@@ -56,8 +56,10 @@ class TrainingConfig(Settings):
     """Hook that an SAE or a crosscoder reads and writes; the others read `mlp.hook_in` and write `mlp.hook_out`."""
     layers: tuple[int, ...] = ()
     """Blocks that take part, ascending; () for all."""
-    n_features: int = 2048
-    """Features a dictionary; a multiple of 8."""
+    n_features: int | tuple[int, ...] = 2048
+    """Features, for all dictionaries or one number each; multiples of 8. A cross-layer transcoder's early layers cost
+    most: they write to all later ones.
+    """
     sparsity: str = "batchtopk"
     """How features are kept few: batchtopk, topk, relu (L1), jumprelu, gated."""
     k: int | tuple[int, ...] = 16
@@ -124,6 +126,9 @@ class TrainingConfig(Settings):
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)!r}): needs one of {', '.join(known)}")
         if self.penalty not in ("tanh", "quadratic"):
             raise InputError(f"TrainingConfig(penalty={self.penalty!r}): needs one of tanh, quadratic")
+        if not isinstance(self.n_features, int):
+            self._check_each()
+            return
         if self.n_features < 8 or self.n_features % 8:
             raise InputError(f"TrainingConfig(n_features={self.n_features}): needs a positive multiple of 8")
         if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
@@ -166,6 +171,16 @@ class TrainingConfig(Settings):
         if self.encoder != "linear":
             self._check_encoder()
 
+    def _check_each(self) -> None:
+        """Raise InputError for what the settings of any one dictionary contradict."""
+        assert isinstance(self.n_features, tuple)
+        if not self.n_features or (isinstance(self.k, tuple) and len(self.k) != len(self.n_features)):
+            raise InputError(
+                f"TrainingConfig(n_features={self.n_features}, k={self.k}): needs one number each, or one for all"
+            )
+        for index in range(len(self.n_features)):
+            self.of(index, len(self.n_features))
+
     def _check_encoder(self) -> None:
         """Raise InputError for what a switch or Kronecker encoder cannot be combined with."""
         own = f"TrainingConfig(encoder={self.encoder!r}"
@@ -174,14 +189,14 @@ class TrainingConfig(Settings):
             if getattr(self, name) not in known:
                 raise InputError(f"{own}, {name}={getattr(self, name)!r}): takes {name} {' or '.join(known)}")
         if self.encoder == "switch":
-            if self.experts < 1 or self.n_features % self.experts:
+            if self.experts < 1 or self.width % self.experts:
                 raise InputError(f"{own}, experts={self.experts}): needs a divisor of n_features = {self.n_features}")
-            if self.sparsity == "topk" and max(self._all_k) > self.n_features // self.experts:
-                size = self.n_features // self.experts
+            if self.sparsity == "topk" and max(self._all_k) > self.width // self.experts:
+                size = self.width // self.experts
                 raise InputError(f"{own}, k={self.k}): an expert has {size} features; needs k of at most that")
             if self.prefixes:
                 raise InputError(f"{own}, prefixes={self.prefixes}): experts have no order to nest by; leave it out")
-        elif len(self.pairs) != 2 or min(self.pairs) < 1 or self.n_features % (self.pairs[0] * self.pairs[1]):
+        elif len(self.pairs) != 2 or min(self.pairs) < 1 or self.width % (self.pairs[0] * self.pairs[1]):
             raise InputError(f"{own}, pairs={self.pairs}): needs two numbers whose product divides {self.n_features}")
 
     @property
@@ -193,15 +208,35 @@ class TrainingConfig(Settings):
         """Optimiser steps of the run."""
         return self.tokens // self.batch_tokens
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """All numbers of features that were given."""
+        return self.n_features if isinstance(self.n_features, tuple) else (self.n_features,)
+
+    @property
+    def width(self) -> int:
+        """Features of the one dictionary that these settings are of."""
+        (width,) = self.widths
+        return width
+
     def k_of(self, index: int, count: int) -> int:
         """k of one dictionary; raises `InputError` when a tuple's length is not the number of dictionaries."""
-        if isinstance(self.k, int):
-            return self.k
-        if len(self.k) != count:
+        return self._one_of("k", index, count)
+
+    def of(self, index: int, count: int) -> Self:
+        """The settings of one dictionary of so many: n_features and k are its own; raises as `k_of` does."""
+        own = {name: self._one_of(name, index, count) for name in ("n_features", "k")}
+        return dataclasses.replace(self, **own)  # type: ignore[arg-type]
+
+    def _one_of(self, name: str, index: int, count: int) -> int:
+        given = getattr(self, name)
+        if isinstance(given, int):
+            return given
+        if len(given) != count:
             raise InputError(
-                f"TrainingConfig(k={self.k}): {len(self.k)} numbers for {count} dictionaries; give one each"
+                f"TrainingConfig({name}={given}): {len(given)} numbers for {count} dictionaries; give one each"
             )
-        return self.k[index]
+        return given[index]
 
 
 @dataclass(frozen=True)

@@ -21,57 +21,79 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from replacement.training.parallel import Mesh
+from replacement.training.sparse import ActiveSet, decode_active
 
 ROWS = 512
 """Tokens that a remedy looks at in one step."""
 _ENCODER_SHARE = 0.2  # norm of a resampled encoder row, in mean norms of the living
 
 
-class Dead(NamedTuple):
-    """The dead features of one dictionary that this process holds, with those tokens looked at that it sees."""
+class Missed(NamedTuple):
+    """What the living features of one dictionary missed, at those tokens looked at that this process sees."""
 
-    pre: Float[Tensor, "rows dead"]  #: pre-activations, with gradients
-    W_dec: Float[Tensor, "dead d_out"]
-    error: Float[Tensor, "rows d_out"]  #: what the living missed, a constant
-    k: int
-    level: Float[Tensor, " dead"]  #: pre-activation above which each fires
+    error: Float[Tensor, "rows d_out"]  #: a constant
+    k: int  #: dead features that take part in AuxK at a token
     n_dead: int  #: dead features of all processes
     rows: int  #: tokens looked at by all processes
     mesh: Mesh
 
 
-def _auxk(dead: Dead) -> Tensor:
+class Dead(NamedTuple):
+    """The dead features that this process holds, at every token looked at."""
+
+    pre: Float[Tensor, "rows dead"]  #: pre-activations, with gradients
+    W_dec: Float[Tensor, "dead d_out"]
+    level: Float[Tensor, " dead"]  #: pre-activation above which each fires
+
+
+def auxk_of_strongest(
+    values: Float[Tensor, " entries"], W_dec: Float[Tensor, "n_features d_out"], active: ActiveSet, missed: Missed
+) -> Float[Tensor, ""]:
+    """AuxK's loss from the strongest dead features of each token alone, of each process min(k, its dead) of them.
+
+    values: their pre-activations, with gradients.
+    """
+    features, fired = missed.mesh.features, F.relu(values)
+    if features.size > 1:
+        own = fired.detach().reshape(active.n_tokens, len(fired) // max(1, active.n_tokens))
+        least = features.largest(own, min(missed.k, missed.n_dead))[:, -1]
+        fired = fired * (fired >= least[active.token])
+    rebuilt = features.add(decode_active(fired, W_dec, active)[:, 0])
+    return _mean((missed.error - rebuilt).pow(2), missed)
+
+
+def _auxk(dead: Dead, missed: Missed) -> Tensor:
     pre = F.relu(dead.pre)
-    least = dead.mesh.features.largest(pre.detach(), min(dead.k, dead.n_dead))[:, -1:]
-    rebuilt = dead.mesh.features.add((pre * (pre >= least)) @ dead.W_dec)
-    return _mean((dead.error - rebuilt).pow(2), dead)
+    least = missed.mesh.features.largest(pre.detach(), min(missed.k, missed.n_dead))[:, -1:]
+    rebuilt = missed.mesh.features.add((pre * (pre >= least)) @ dead.W_dec)
+    return _mean((missed.error - rebuilt).pow(2), missed)
 
 
-def _ghost(dead: Dead) -> Tensor:
+def _ghost(dead: Dead, missed: Missed) -> Tensor:
     fired = dead.pre.clamp_max(10.0).exp()
-    rebuilt = dead.mesh.features.add(fired @ dead.W_dec)
-    size = dead.error.norm(dim=1, keepdim=True) / (2 * rebuilt.detach().norm(dim=1, keepdim=True) + 1e-8)
-    loss = _mean((dead.error - rebuilt * size).pow(2), dead)
-    missed, now = (dead.mesh.data.average(each.detach()) for each in (_mean(dead.error.pow(2), dead), loss))
-    return loss * (missed / (now + 1e-8))
+    rebuilt = missed.mesh.features.add(fired @ dead.W_dec)
+    size = missed.error.norm(dim=1, keepdim=True) / (2 * rebuilt.detach().norm(dim=1, keepdim=True) + 1e-8)
+    loss = _mean((missed.error - rebuilt * size).pow(2), missed)
+    before, now = (missed.mesh.data.average(each.detach()) for each in (_mean(missed.error.pow(2), missed), loss))
+    return loss * (before / (now + 1e-8))
 
 
-def _preactivation(dead: Dead) -> Tensor:
+def _preactivation(dead: Dead, missed: Missed) -> Tensor:
     short = F.relu(dead.level - dead.pre) * dead.W_dec.norm(dim=1)
-    return dead.mesh.features.add(_mean(short, dead, width=dead.n_dead))
+    return missed.mesh.features.add(_mean(short, missed, width=missed.n_dead))
 
 
-def _mean(x: Float[Tensor, "rows columns"], dead: Dead, *, width: int = 0) -> Float[Tensor, ""]:
+def _mean(x: Float[Tensor, "rows columns"], missed: Missed, *, width: int = 0) -> Float[Tensor, ""]:
     """The mean over rows that are spread over processes, as a loss: the mean over processes of what each returns.
 
     width: columns of all processes where those are spread too; 0 for `x`'s own.
     """
-    if dead.mesh.world.size == 1:
+    if missed.mesh.world.size == 1:
         return x.mean()
-    return x.sum() * (dead.mesh.data.size / (dead.rows * (width or x.shape[1])))
+    return x.sum() * (missed.mesh.data.size / (missed.rows * (width or x.shape[1])))
 
 
-LOSSES: dict[str, Callable[[Dead], Tensor]] = {"auxk": _auxk, "ghost": _ghost, "preactivation": _preactivation}
+LOSSES: dict[str, Callable[[Dead, Missed], Tensor]] = {"auxk": _auxk, "ghost": _ghost, "preactivation": _preactivation}
 """Remedies that add to the loss."""
 
 
@@ -100,7 +122,7 @@ def resampled(
     fire, as far as this process has them. same: whether the dictionary writes where it reads; then the encoder reads
     the error's direction. own: which of the n this process holds.
     """
-    badness = mesh.data.fetched(error.pow(2).sum(1), torch.arange(len(x) * mesh.data.size))
+    badness = mesh.data.fetched(error.pow(2).sum(1), torch.arange(len(x) * mesh.data.size)).cpu()
     chosen: Int[Tensor, " dead"] = torch.multinomial(badness + 1e-12, n, True, generator=generator)[own]
     W_dec = F.normalize(mesh.data.fetched(error, chosen), dim=1)
     alive, lengths = mesh.features.count(len(living)), mesh.features.total(living.norm(dim=1).sum())

@@ -61,7 +61,8 @@ class _Forward:
         kept: frozenset[str] = frozenset(),
     ) -> None:
         """kept: written hooks that keep the model's own values."""
-        self.trainee, self.original, self.config, self.generator, self.kept = trainee, original, config, generator, kept
+        self.trainee, self.config, self.generator, self.kept = trainee, config, generator, kept
+        self.original = {name: tensor.to(trainee.device) for name, tensor in original.items()}
         self.parts: dict[str, list[Tensor]] = {name: [] for name in trainee.written}
         self.gates: dict[str, list[Tensor]] = {name: [] for name in trainee.written}
         self.axis, whole = trainee.mesh.features, trainee.mesh.features.size > 1
@@ -76,12 +77,12 @@ class _Forward:
         self._of = {coder.plan.reads[0]: coder for coder in trainee if len(coder.plan.reads) == 1}
         for coder in trainee:
             if len(coder.plan.reads) > 1:  # reads ahead of what it writes: the original's activations stand in
-                self._run(coder, trainee.read(coder, original))
+                self._run(coder, trainee.read(coder, self.original))
 
     def read(self, name: str, x: Float[Tensor, "batch pos width"]) -> None:
         self.shape = tuple(x.shape[:-1])
         if (coder := self._of.get(name)) is not None:
-            self._run(coder, x.flatten(0, -2).float() * self.trainee.scale_of(name))
+            self._run(coder, x.flatten(0, -2).to(self.trainee.device).float() * self.trainee.scale_of(name))
 
     def write(self, name: str) -> Float[Tensor, "batch pos width"] | None:
         trainee = self.trainee
@@ -128,8 +129,8 @@ class _Forward:
 
     def _noise(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_in"]:
         data = self.trainee.mesh.data
-        drawn = torch.randn(len(x) * data.size, x.shape[1], generator=self.generator)
-        return drawn if data.size == 1 else drawn[data.sees(torch.arange(len(drawn)))]
+        drawn = torch.randn(len(x) * data.size, x.shape[1], generator=self.generator).to(x.device)
+        return drawn if data.size == 1 else drawn[data.sees(torch.arange(len(drawn), device=x.device))]
 
 
 def train_end_to_end(
@@ -157,7 +158,7 @@ def train_end_to_end(
     """
     layers = tuple(coder.layer for coder in trainee)
     chosen = config.layers or layers
-    if not set(chosen) <= set(layers) or (config.k or 0) > trainee.config.n_features:
+    if not set(chosen) <= set(layers) or (config.k or 0) > min(trainee.config.widths):
         raise InputError(
             f"train_end_to_end(layers={config.layers}, k={config.k}): the dictionaries read layers {layers} and have "
             f"{trainee.config.n_features} features"
@@ -212,14 +213,14 @@ def _update(
         wanted, activations = model.original(batch.tokens, where)
     trainee.use(trainee.mesh.with_runs(len(next(iter(activations.values()))) // len(batch.tokens)))
     forward = _Forward(trainee, activations, config=config, generator=generator)
-    kl = _divergence(model.replaced(batch.tokens, where, forward), wanted, data)
+    kl = _divergence(model.replaced(batch.tokens, where, forward), wanted, data).to(trainee.device)
     total = config.kl_weight * kl + torch.stack(forward.losses).sum() / len(trainee.written)
     if config.bridging_weight:
         drawn = torch.rand(len(trainee.written), generator=generator) < 0.5
         kept = frozenset(name for name, keep in zip(trainee.written, drawn.tolist(), strict=True) if keep)
         with trainee.unmoved():
             mixed = _Forward(trainee, activations, config=config, generator=generator, kept=kept)
-            half = _divergence(model.replaced(batch.tokens, where, mixed), wanted, data)
+            half = _divergence(model.replaced(batch.tokens, where, mixed), wanted, data).to(trainee.device)
         total = total + config.bridging_weight * half
     value = data.average(total.detach())
     if not torch.isfinite(value):

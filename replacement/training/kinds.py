@@ -103,7 +103,7 @@ def plans(config: TrainingConfig, n_layers: int, models: Sequence[str] = ()) -> 
         raise InputError(f"TrainingConfig(layers={config.layers}): the model has layers 0 to {n_layers - 1}")
     if not models:
         planned = _PLANS[config.kind](config, layers)
-        config.k_of(0, len(planned))  # raises where there is not one k each
+        config.of(0, len(planned))  # raises where there is not one number each
         return planned
     if config.kind != "crosscoder":
         raise InputError(f"TrainingConfig(kind={config.kind!r}): several models need kind='crosscoder'")

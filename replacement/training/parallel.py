@@ -141,6 +141,7 @@ class Axis:
 
     def fetched(self, x: Shaped[Tensor, "tokens ..."], chosen: Int[Tensor, " chosen"]) -> Shaped[Tensor, "chosen ..."]:
         """The chosen tokens of a global batch, wherever they are."""
+        chosen = chosen.to(x.device)
         if self.size == 1:
             return x[chosen]
         out = x.new_zeros(len(chosen), *x.shape[1:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ def train(
     listeners: Sequence[Listener] = (),
     show_progress: bool = True,
     mesh: Mesh = ALONE,
+    device: torch.device | str = "cpu",
 ) -> Trainee:
     """Train the planned dictionaries.
 
@@ -46,11 +48,17 @@ def train(
     that did not. stop_after: leave after this many steps in all. listeners: called with a `Record` after every step, in
     the first process. mesh: processes that train together, all of which call this; the batches, the losses and the
     dictionaries are those of one process, but for rounding, and a run may go on with another number of processes.
+    device: where the dictionaries are trained; a run may go on on another one, then equal but for rounding.
     Raises `InputError` when the checkpoint belongs to other settings, when activations are not finite, or when the disk
     is full; the last checkpoint stays.
     """
     stream = Stream(
-        source, buffer_bytes=config.buffer_bytes, batch_tokens=config.batch_tokens, seed=config.seed, mesh=mesh
+        source,
+        buffer_bytes=config.buffer_bytes,
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+        mesh=mesh,
+        device=device,
     )
     trainee = Trainee(planned, stream.sample(_START_TOKENS), config, mesh)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
@@ -67,14 +75,8 @@ def train(
             for listener in (bar, *listeners) if mesh.is_first else ():
                 listener(record)
             if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == last):
-                write_checkpoint(
-                    checkpoint,
-                    trainee=trainee,
-                    optimizer=optimizer,
-                    step=step + 1,
-                    config=config,
-                    position=stream.position,
-                )
+                state: Any = {"trainee": trainee, "optimizer": optimizer, "config": config}
+                write_checkpoint(checkpoint, **state, step=step + 1, position=stream.position)
     rows = mesh.data.tokens_of(torch.arange(min(_CALIBRATION_TOKENS, config.batch_tokens)))
     trainee.calibrate({name: tensor[rows] for name, tensor in stream.peek().items()})
     return trainee

@@ -93,7 +93,8 @@ def run(
 ) -> Finished:
     """Train what `config` asks for on a bridge's activations, in the folder `out`; a stopped run goes on from there.
 
-    bridge: a model, or several by name whose sites one crosscoder reads side by side. model, data: as they were named,
+    bridge: a model, or several by name whose sites one crosscoder reads side by side; dictionaries are trained on the
+    device of the first. model, data: as they were named,
     kept in `training.json`; data as of `open_tokens`. end_to_end: a last stage that brings the replaced model's
     predictions to the original's. context: tokens of a row, at most the models'. documents: rows of one forward pass.
     cache: folder of activations to train from; what it lacks is written there first, by running the model.
@@ -121,8 +122,9 @@ def run(
         write_whole(out / "training.json", (json.dumps(settings, indent=1) + "\n").encode())
     watched: Any = {"checkpoint_every": checkpoint_every, "listeners": listeners, "show_progress": show_progress}
     checkpoint = out / "checkpoints" / "reconstruction.safetensors"
+    device = next(bridge.parameters()).device
     source = fill(config=config, show_progress=show_progress, mesh=mesh)
-    trainee = train(source, planned, config=config, checkpoint=checkpoint, mesh=mesh, **watched)
+    trainee = train(source, planned, config=config, checkpoint=checkpoint, mesh=mesh, device=device, **watched)
     if end_to_end is not None:
         replaceable, batch = ReplaceableBridge(bridge, sites(planned)), partial(_batch, tokens, end_to_end.documents)
         last_checkpoint = checkpoint.with_stem("end_to_end")

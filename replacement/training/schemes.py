@@ -48,7 +48,7 @@ class Scheme(nn.Module, abc.ABC):
 
     def __init__(self, config: TrainingConfig) -> None:
         super().__init__()
-        self.n_features = config.n_features
+        self.n_features = config.width
 
     @property
     def n_rows(self) -> int:
@@ -118,7 +118,7 @@ class SwitchScheme(Scheme):
 
     def __init__(self, config: TrainingConfig, d_in: int) -> None:
         super().__init__(config)
-        self.balance_weight, self.size = config.balance_weight, config.n_features // config.experts
+        self.balance_weight, self.size = config.balance_weight, config.width // config.experts
         self.map = Switch(torch.zeros(config.experts, d_in), torch.zeros(config.experts))
 
     def prepare(self, rows: Detectors, x: Tensor, generator: torch.Generator) -> Detectors:
@@ -128,7 +128,7 @@ class SwitchScheme(Scheme):
         below 1.
         """
         with torch.no_grad():
-            label = k_means(x, n=self.map.experts, generator=generator)
+            label = k_means(x.cpu(), n=self.map.experts, generator=generator).to(x.device)
             size = torch.bincount(label, minlength=self.map.experts)[:, None]
             centres = torch.zeros_like(self.map.W_router).index_add_(0, label, x) / size.clamp_min(1)
             beta = _CONFIDENCE / (x - centres[label]).pow(2).sum(1).mean().clamp_min(1e-6)
@@ -185,7 +185,7 @@ class KroneckerScheme(Scheme):
 
     def prepare(self, rows: Detectors, x: Tensor, generator: torch.Generator) -> Detectors:
         """A feature starts to write what its two rows' detectors write, at the same length."""
-        first, second = self.map.pair(torch.arange(self.n_features), self.n_rows)
+        first, second = self.map.pair(torch.arange(self.n_features, device=x.device), self.n_rows)
         both = F.normalize(rows.W_dec[first] + rows.W_dec[second], dim=1)
         return rows._replace(W_dec=both * rows.W_dec.norm(dim=1).mean())
 

@@ -55,7 +55,7 @@ def write_parts(path: Path, parts: Mapping[str, Part], *, metadata: Mapping[str,
         draft.mkdir(parents=True)
         (draft / _STATE).write_text(json.dumps(dict(metadata)), encoding="utf-8")
     mesh.wait()
-    state = {name: _placed(part.rows.detach(), part.is_spread, mesh) for name, part in parts.items()}
+    state = {name: _placed(part.rows.detach().cpu(), part.is_spread, mesh) for name, part in parts.items()}
     writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
     dcp.save(state, storage_writer=writer, process_group=mesh.world.group)
     if mesh.is_first:

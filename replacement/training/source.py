@@ -56,13 +56,21 @@ class Stream:
     """
 
     def __init__(
-        self, source: ActivationSource, *, buffer_bytes: int, batch_tokens: int, seed: int, mesh: Mesh = ALONE
+        self,
+        source: ActivationSource,
+        *,
+        buffer_bytes: int,
+        batch_tokens: int,
+        seed: int,
+        mesh: Mesh = ALONE,
+        device: torch.device | str = "cpu",
     ) -> None:
+        """The buffer is in the host's memory; batches are served on `device`."""
         if batch_tokens % mesh.data.size:
             raise InputError(
                 f"Stream(batch_tokens={batch_tokens}): {mesh.data.size} processes share a batch; pass a multiple"
             )
-        self.source, self.batch_tokens, self.seed, self.mesh = source, batch_tokens, seed, mesh
+        self.source, self.batch_tokens, self.seed, self.mesh, self.device = source, batch_tokens, seed, mesh, device
         first = source.batch(0)
         self._like = {name: tensor[:0].cpu() for name, tensor in first.items()}
         self.block_batches = batches_in(buffer_bytes, first)  #: source batches of one buffer
@@ -87,7 +95,7 @@ class Stream:
         share = self.batch_tokens // self.mesh.data.size
         start = self.position.place * share
         rows = self._order[start : start + share]
-        return {name: tensor[rows] for name, tensor in self._content.items()}
+        return {name: tensor[rows].to(self.device) for name, tensor in self._content.items()}
 
     def sample(self, tokens: int) -> dict[str, Float[Tensor, "tokens width"]]:
         """Up to so many tokens of the first buffer, the same in all processes."""
@@ -95,7 +103,7 @@ class Stream:
         first = torch.arange(min(tokens, self._tokens))
         if self.mesh.data.size == 1:
             first = self._order[first]
-        return {name: self.mesh.data.fetched(tensor, first) for name, tensor in self._content.items()}
+        return {name: self.mesh.data.fetched(tensor, first).to(self.device) for name, tensor in self._content.items()}
 
     def _load(self, block: int) -> None:
         if block == self._loaded:

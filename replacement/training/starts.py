@@ -24,11 +24,11 @@ random rows of a dictionary that does not write where it reads.
 
 def _random(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, generator: torch.Generator) -> Detectors:
     """Directions drawn at random; a dictionary that writes where it reads starts with its decoder as its encoder."""
-    n, none = sum(sizes), torch.zeros(own.stop - own.start)
-    rows = torch.nn.functional.normalize(_drawn(n, x.shape[1], own, generator), dim=1)
+    n, none = sum(sizes), x.new_zeros(own.stop - own.start)
+    rows = torch.nn.functional.normalize(_drawn(n, x.shape[1], own, generator).to(x.device), dim=1)
     if same:
         return Detectors(rows, none, rows.clone())
-    written = torch.nn.functional.normalize(_drawn(n, y.shape[1], own, generator), dim=1)
+    written = torch.nn.functional.normalize(_drawn(n, y.shape[1], own, generator).to(x.device), dim=1)
     return Detectors(rows, none, _SMALL * written)
 
 
@@ -43,16 +43,16 @@ def _drawn(n: int, width: int, own: slice, generator: torch.Generator) -> Float[
 
 def _samples(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, generator: torch.Generator) -> Detectors:
     """Directions of tokens of the sample from the mean, each writing what its token wrote."""
-    chosen = torch.randint(len(x), (sum(sizes),), generator=generator)[own]
+    chosen = torch.randint(len(x), (sum(sizes),), generator=generator)[own].to(x.device)
     rows = torch.nn.functional.normalize(x[chosen] - x.mean(0), dim=1)
     written = torch.nn.functional.normalize(y[chosen] - y.mean(0), dim=1)
     return Detectors(rows, -rows @ x.mean(0), _SMALL * written)
 
 
 def _clusters(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, generator: torch.Generator) -> Detectors:
-    """Detectors of clusters of tokens, coarse to fine by nested prefix."""
-    found = cluster_detectors(x, y, sizes=sizes, generator=generator)
-    parts = [torch.cat([each[i] for each in found])[own] for i in range(3)]
+    """Detectors of clusters of tokens, coarse to fine by nested prefix; found on the CPU, alike wherever x is."""
+    found = cluster_detectors(x.cpu(), y.cpu(), sizes=sizes, generator=generator)
+    parts = [torch.cat([each[i] for each in found])[own].to(x.device) for i in range(3)]
     return Detectors(parts[0], parts[1], parts[2] / len(found))
 
 

@@ -51,7 +51,7 @@ class Trainee(nn.Module):
         `config.start` says. Raises `InputError` where the features cannot be spread, or not evenly.
         """
         super().__init__()
-        if config.n_features % mesh.features.size:
+        if any(n % mesh.features.size for n in config.widths):
             raise InputError(
                 f"train(n_features={config.n_features}): {mesh.features.size} processes share the features; "
                 "pass a multiple"
@@ -81,9 +81,7 @@ class Trainee(nn.Module):
                 plan,
                 torch.cat([scaled[name] for name in plan.reads], 1),
                 torch.stack([scaled[name] for name in plan.writes], 1),
-                config=config,
-                index=index,
-                count=len(planned),
+                config=config.of(index, len(planned)),
                 shared=sum(plan.writes[-1] in other.writes for other in planned),
                 mesh=mesh,
             )
@@ -99,6 +97,11 @@ class Trainee(nn.Module):
         self.mesh = mesh
         for coder in self:
             coder.mesh = coder.sparsity.mesh = mesh
+
+    @property
+    def device(self) -> torch.device:
+        """Where the dictionaries are trained."""
+        return self.scale.device
 
     def scale_of(self, name: str) -> Float[Tensor, ""]:
         """The factor that brings a site's activations to scaled units."""

@@ -7,6 +7,7 @@ rounding errors. The exact values of those decide. Knows nothing of decoders and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from replacement.training.sparse.products import dots
 _CHUNK = 1 << 20  # pre-activations held at once,
 _CHUNK_TOKENS = 128  # but of at least this many tokens, or the product slows down
 _RESULT = 2.0**-7  # bounds the relative error of rounding a result to bfloat16, twice over
+_SAMPLE = 32  # tokens that tell where the k-th largest pre-activations lie
 _PIECE = 512  # rows whose rounding errors are measured at once
 _NEVER = torch.iinfo(torch.int16).max
 
@@ -72,7 +74,7 @@ def select_top(
     if 4 * groups > n_features:
         return active_at(_dense_top(x, W_enc, b_enc, k, torch.arange(n_tokens, device=x.device)), n_tokens, n_features)
     found, hard = [], []
-    for start, pre, margin in _Product(x, W_enc, b_enc).chunks():
+    for start, pre, margin in _Product(x, W_enc, b_enc + _lift(x, W_enc, b_enc, k)).chunks():
         bits, size = as_bits(pre), n_features // groups
         highest = bits[:, : size * groups].unflatten(1, (size, groups)).amax(1).int()
         kth = highest.topk(k, sorted=False).values.amin(1).to(torch.int16).view(torch.bfloat16).float()
@@ -85,6 +87,18 @@ def select_top(
     chosen = flat.index_select(0, _top_of_each(token, values, n_tokens, k))
     rest = _dense_top(x, W_enc, b_enc, k, torch.cat(hard))
     return active_at(torch.cat([chosen, rest]).sort().values if len(rest) else chosen, n_tokens, n_features)
+
+
+def _lift(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor | float:
+    """What to add to all pre-activations so that the k-th largest of nearly every token is above 0, as a comparison of
+    bits needs; the order stays. Trained features are below 0 at most tokens.
+    """
+    if not len(x):
+        return 0.0
+    sample = x[:: max(1, len(x) // _SAMPLE)]
+    kth = torch.addmm(b_enc, sample, W_enc.T).topk(k, dim=1, sorted=False).values.amin(1)
+    lowest, highest = kth.aminmax()
+    return (highest - 2 * lowest).clamp_min(0) * (lowest <= 0.1 * highest)
 
 
 class _Rounded(NamedTuple):
@@ -115,8 +129,23 @@ class _Product:
         for start in range(0, max(1, n_tokens), self.tokens):  # an empty chunk where there are no tokens
             piece = slice(start, min(start + self.tokens, n_tokens))
             margin = self.x.error[piece] * self.norm + self.x.norm[piece] * self.error + self.b_error
-            pre = torch.addmm(self.b, self.x.rows[piece], self.W.rows.T, out=memory[: piece.stop - start])
+            with _whole_sums(self.b.device):
+                pre = torch.addmm(self.b, self.x.rows[piece], self.W.rows.T, out=memory[: piece.stop - start])
             yield start, pre.bfloat16(), margin
+
+
+@contextmanager
+def _whole_sums(device: torch.device) -> Iterator[None]:
+    """Products of bfloat16 summed in float32 to the end, as the margins suppose; a GPU may round partial sums."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    if device.type == "cuda":
+        settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            settings.allow_bf16_reduced_precision_reduction = before
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -149,7 +178,7 @@ def _dense_top(x: Tensor, W: Tensor, b: Tensor, k: int, rows: Int[Tensor, " rows
     """Places in the flattened matrix of the k largest of some tokens, by the plain product."""
     parts = [
         (some.unsqueeze(1) * len(W) + torch.addmm(b, x[some], W.T).topk(k, dim=1, sorted=False).indices).flatten()
-        for some in rows.split(max(1, _CHUNK // len(W)))
+        for some in rows.split(max(1, _CHUNK // max(1, len(W))))
     ]
     return torch.cat(parts).sort().values
 

@@ -66,7 +66,7 @@ class _Encode(torch.autograd.Function):
             order, token, starts = active.by_feature
             grad_W = sums(x, token, grad.index_select(0, order), starts)
         if ctx.needs_input_grad[2]:
-            grad_b = grad.new_zeros(active.n_features).index_add_(0, active.feature, grad)
+            grad_b = _per_feature(grad, active)
         return grad_x, grad_W, grad_b, None
 
 
@@ -93,6 +93,14 @@ class _Decode(torch.autograd.Function):
                 by_feature,
             )
         return grad_values, grad_W, None, None, None
+
+
+def _per_feature(values: Float[Tensor, " entries"], active: ActiveSet) -> Float[Tensor, " n_features"]:
+    """The sum of each feature's entries, always in the same order: a GPU's `index_add_` takes any."""
+    if values.device.type == "cpu":
+        return values.new_zeros(active.n_features).index_add_(0, active.feature, values)
+    order, _, starts = active.by_feature
+    return sums(values.unsqueeze(1), order, torch.ones_like(values), starts).squeeze(1)
 
 
 def sums(

@@ -72,8 +72,8 @@ class Sparsity(nn.Module, abc.ABC):
     def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
         super().__init__()
         self.k, self.mesh = k, mesh
-        self.n_features = config.n_features  #: of all processes
-        self.n_own = config.n_features // mesh.features.size
+        self.n_features = config.width  #: of all processes
+        self.n_own = config.width // mesh.features.size
 
     def prepare(self, x: Float[Tensor, "tokens d_in"], encoder: Encoder) -> Float[Tensor, " rows"]:
         """Set the start on a sample of scaled inputs, the same in all processes; returns the encoder
