@@ -119,7 +119,7 @@ def sum_pieces(
         at = segment + tl.arange(0, _WAYS) * step
         begun = tl.load(starts + at, mask=at < n_segments, other=n_entries) <= begin
         segment += (tl.sum(begun.to(tl.int64), 0) - 1) * step
-        within = tl.minimum(step, n_segments - segment)
+        within = step
     end = tl.load(starts + segment + 1, mask=segment + 1 < n_segments, other=n_entries)
     if end >= begin + PIECE:
         column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -152,7 +152,7 @@ def sum_segments(
     end = tl.load(starts + segment + 1, mask=segment + 1 < n_segments, other=n_entries).to(tl.int64)
     first_piece, last_piece = tl.cdiv(begin, PIECE), end // PIECE
     in_pieces = tl.maximum(last_piece - first_piece, 0) * PIECE
-    before = tl.where(in_pieces > 0, first_piece * PIECE - begin, end - begin)
+    before = first_piece * PIECE - begin
     total = tl.zeros([ENTRIES, COLUMNS], dtype=pieces.dtype.element_ty)
     for first in range(0, end - begin - in_pieces, ENTRIES):
         place = first + tl.arange(0, ENTRIES)
