@@ -159,6 +159,16 @@ def test_no_gradient_is_made_that_nobody_asked_for() -> None:
     assert W_enc.grad is not None and x.grad is None and b_enc.grad is None and W_dec.grad is None
 
 
+def test_gradients_of_gradients_are_refused() -> None:
+    """A GPU's kernels have none, so they would be silently wrong there; the CPU says the same."""
+    x, W_enc, b_enc = weights(20, 8, 128)
+    W_enc.requires_grad_()
+    out = encode_active(x, W_enc, b_enc, select_top(x, W_enc, b_enc, 3)).square().sum()
+    (grad,) = torch.autograd.grad(out, W_enc, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_an_empty_set_writes_nothing_and_gives_zero_gradients() -> None:
     """Early in training nothing may fire."""
     x, W_enc, b_enc = (t.requires_grad_() for t in weights(6, 4, 64))

@@ -1,15 +1,20 @@
 """Values of active features, what they write, and the exact gradients of both, over active entries alone.
 
+Two primitives are under all of it: `sums` and `dots`. On GPUs they are Triton's (`kernels`), where Triton is installed.
 Knows nothing of how the active ones were chosen.
 """
 
 from __future__ import annotations
 
 import warnings
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from replacement.training.sparse.active import ActiveSet, segment_starts
@@ -57,6 +62,7 @@ class _Encode(torch.autograd.Function):
         return dots(x, W_enc, active.token, active.feature, active.starts) + b_enc.index_select(0, active.feature)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (x, W_enc), active = ctx.saved_tensors, ctx.active
         grad_x = grad_W = grad_b = None
@@ -66,7 +72,7 @@ class _Encode(torch.autograd.Function):
             order, token, starts = active.by_feature
             grad_W = sums(x, token, grad.index_select(0, order), starts)
         if ctx.needs_input_grad[2]:
-            grad_b = _per_feature(grad, active)
+            grad_b = _of_each_feature(grad, active)
         return grad_x, grad_W, grad_b, None
 
 
@@ -79,6 +85,7 @@ class _Decode(torch.autograd.Function):
         return sums(W_dec, active.feature, values, starts)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         (values, W_dec, slot, starts), active = ctx.saved_tensors, ctx.active
         grad, grad_values, grad_W = grad.contiguous(), None, None
@@ -95,12 +102,22 @@ class _Decode(torch.autograd.Function):
         return grad_values, grad_W, None, None, None
 
 
-def _per_feature(values: Float[Tensor, " entries"], active: ActiveSet) -> Float[Tensor, " n_features"]:
+def _of_each_feature(values: Float[Tensor, " entries"], active: ActiveSet) -> Float[Tensor, " n_features"]:
     """The sum of each feature's entries, always in the same order: a GPU's `index_add_` takes any."""
     if values.device.type == "cpu":
         return values.new_zeros(active.n_features).index_add_(0, active.feature, values)
     order, _, starts = active.by_feature
     return sums(values.unsqueeze(1), order, torch.ones_like(values), starts).squeeze(1)
+
+
+@cache
+def kernels_on(device: str) -> ModuleType | None:
+    """The module of kernels for this type of device, or None where torch's own functions have to do."""
+    if device != "cuda" or find_spec("triton") is None:
+        return None
+    from replacement.training.sparse import kernels as compiled  # late: without a GPU there may be no Triton
+
+    return compiled
 
 
 def sums(
@@ -110,6 +127,8 @@ def sums(
     starts: Int[Tensor, " segments"],
 ) -> Float[Tensor, "segments d"]:
     """`out[s] = sum of weight[e] table[index[e]]` over the entries from `starts[s]` to the next segment's."""
+    if (compiled := kernels_on(table.device.type)) is not None:
+        return compiled.sums(table, index, weight, starts)
     return F.embedding_bag(index, table.contiguous(), starts, mode="sum", per_sample_weights=weight)
 
 
@@ -124,6 +143,8 @@ def dots(
 
     starts: where each row's entries begin, if that is known.
     """
+    if (compiled := kernels_on(a.device.type)) is not None:
+        return compiled.dots(a, b, row, column)
     if a.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available() and a.device.type == "cpu":
         starts = segment_starts(row, len(a)) if starts is None else starts
         with warnings.catch_warnings():
