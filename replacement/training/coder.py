@@ -16,7 +16,7 @@ from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan
 from replacement.training.parallel import Mesh
 from replacement.training.schemes import LinearScheme, scheme
-from replacement.training.sparse import ActiveSet, decode_active
+from replacement.training.sparse import ActiveSet, decode_active, select_top_of_few
 from replacement.training.sparsity import Encoder, GatedSparsity, sparsity
 from replacement.training.starts import start
 
@@ -154,7 +154,7 @@ class Coder(nn.Module):
         seen = x[rows].detach()
         missed = remedies.Missed(error[rows].detach().flatten(1), self.dead_k, count, len(chosen), self.mesh)
         if self.dead == "auxk" and isinstance(self.scheme, LinearScheme):
-            top = self.scheme.top(seen, self.W_enc[dead], self.b_enc[dead], min(self.dead_k, count))
+            top = select_top_of_few(seen, self.W_enc[dead], self.b_enc[dead], min(self.dead_k, count))
             strongest = ActiveSet(top.token, dead[top.feature], len(seen), len(self.W_dec))
             values = self.scheme.values(seen, self.W_enc, self.b_enc, strongest)
             return remedies.auxk_of_strongest(values, self.W_dec.flatten(1), strongest, missed)
