@@ -82,7 +82,6 @@ def test_some_sites_can_be_read_alone(tmp_path: Path):
         CachedActivations(tmp_path, sites=("blocks.9.x",))
 
 
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_cost_of_storage_is_the_fvu_of_what_comes_back(tmp_path: Path, dtype: str):
     stored = write_activations(Toy(), tmp_path, batches=3, **{**SETTINGS, "dtype": dtype})
