@@ -73,6 +73,15 @@ def test_stored_batches_are_the_sources_up_to_rounding(tmp_path: Path, dtype: st
     assert names == {"index.json", *(f"shard-{number:05d}.safetensors" for number in range(shards))}
 
 
+def test_some_sites_can_be_read_alone(tmp_path: Path):
+    write_activations(Toy(), tmp_path, batches=2, **EXACT)
+    one = CachedActivations(tmp_path, sites=Toy.sites[1:])
+    assert one.sites == Toy.sites[1:] and set(one.batch(1)) == set(one.sites)
+    assert torch.equal(one.batch(1)[Toy.sites[1]], Toy().batch(1)[Toy.sites[1]])
+    with pytest.raises(InputError, match=r"has no blocks\.9\.x; it has blocks\.0\.mlp\.hook_in, blocks"):
+        CachedActivations(tmp_path, sites=("blocks.9.x",))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_cost_of_storage_is_the_fvu_of_what_comes_back(tmp_path: Path, dtype: str):
     stored = write_activations(Toy(), tmp_path, batches=3, **{**SETTINGS, "dtype": dtype})

@@ -23,13 +23,17 @@ random rows of a dictionary that does not write where it reads.
 
 
 def _random(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, generator: torch.Generator) -> Detectors:
-    """Directions drawn at random; a dictionary that writes where it reads starts with its decoder as its encoder."""
-    n, none = sum(sizes), x.new_zeros(own.stop - own.start)
+    """Directions drawn at random, from the mean of what is read: what is written has its mean in a bias already.
+
+    A dictionary that writes where it reads starts with its decoder as its encoder.
+    """
+    n = sum(sizes)
     rows = torch.nn.functional.normalize(_drawn(n, x.shape[1], own, generator).to(x.device), dim=1)
+    bias = -rows @ x.mean(0)
     if same:
-        return Detectors(rows, none, rows.clone())
+        return Detectors(rows, bias, rows.clone())
     written = torch.nn.functional.normalize(_drawn(n, y.shape[1], own, generator).to(x.device), dim=1)
-    return Detectors(rows, none, _SMALL * written)
+    return Detectors(rows, bias, _SMALL * written)
 
 
 def _drawn(n: int, width: int, own: slice, generator: torch.Generator) -> Float[Tensor, "own width"]:

@@ -105,16 +105,21 @@ def write_activations(
 class CachedActivations:
     """A folder of stored activations as a source; after the last batch comes the first again."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Open a folder; raises `InputError` where it holds no activations, or shards are missing.
+    def __init__(self, folder: Path, *, dtype: torch.dtype = torch.float32, sites: tuple[str, ...] = ()) -> None:
+        """Open a folder; raises `InputError` where it holds no activations, lacks a site, or shards are missing.
 
-        dtype: of the activations that `batch` returns.
+        dtype: of the activations that `batch` returns. sites: of which alone they are read; () for all.
         """
         self.folder, self.dtype = Path(folder), dtype
         self.index = read_index(self.folder)
         if not self.index.batches:
             raise InputError(f"CachedActivations({str(folder)!r}): holds no whole shard yet; run the caching again")
-        self.sites = tuple(self.index.sites)
+        self.sites = sites or tuple(self.index.sites)
+        if missing := [name for name in self.sites if name not in self.index.sites]:
+            raise InputError(
+                f"CachedActivations({str(folder)!r}, sites=...): has no {missing[0]}; it has "
+                f"{', '.join(self.index.sites)}"
+            )
         for number in range(len(self.index.shards)):
             if not shard_path(self.folder, number).is_file():
                 raise InputError(f"{shard_path(self.folder, number)}: is missing; delete the folder and cache again")

@@ -133,12 +133,13 @@ class Penalised(Sparsity):
     """A sparsity that a penalty brings about; a controller moves its weight until k features a token fire.
 
     `log weight += gain * e`, with `e = log(L0 / k)` cut to [-1, 1], and `damping * e` on top for the step itself: a
-    proportional-integral controller on the logarithm. The weight stays in [1e-5, 100], losses being about 1: where k is
-    out of reach it would run away, and be of no use when k comes into reach.
+    proportional-integral controller on the logarithm, quick enough for a run of 300 steps: what the weight has to
+    balance falls tenfold in a hundred. The weight stays in [1e-5, 100], losses being about 1: where k is out of reach
+    it would run away, and be of no use when k comes into reach.
     """
 
     log_weight: Tensor  # []
-    gain, damping = 0.03, 0.5
+    gain, damping = 0.2, 4.0
     lowest, highest = 1e-5, 100.0
     first_weight = 0.03
 

@@ -1,0 +1,84 @@
+"""What short training runs reach on atlas: a stated FVU for every kind and sparsity, on tokens that no run has seen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.kinds import BASELINES, BATCHES, RESULTS, SETTINGS, TABLE, Data, measured, open_data
+from replacement.training import TrainingConfig
+from replacement.training.config import KINDS, PENALISED, SPARSITIES
+
+LAYERS, BATCH = (2, 3), 512
+STATED = {
+    "transcoder": (0.059, 0.047, 0.051, 0.043, 0.044),
+    "skip_transcoder": (0.048, 0.040, 0.036, 0.034, 0.035),
+    "sae": (0.085, 0.072, 0.095, 0.104, 0.083),
+    "clt": (0.059, 0.044, 0.047, 0.039, 0.041),
+    "crosscoder": (0.089, 0.076, 0.094, 0.107, 0.087),
+    "causal_crosscoder": (0.066, 0.051, 0.115, 0.069, 0.070),
+}
+"""FVU after 100 steps by kind, in the order of `SPARSITIES`."""
+MARGIN = 1.15  # other machines round otherwise
+
+
+def quick(kind: str, sparsity: str) -> TrainingConfig:
+    """128 features, k 8, 100 steps of 512 tokens, at a rate that suits so few."""
+    return TrainingConfig(
+        kind=kind,
+        sparsity=sparsity,
+        layers=LAYERS,
+        n_features=128,
+        k=8,
+        batch_tokens=BATCH,
+        tokens=100 * BATCH,
+        learning_rate=8e-3,
+        betas=(0.5, 0.95),
+        warmup_steps=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return open_data(tmp_path_factory.mktemp("quick") / "activations", layers=LAYERS, batches=13, held_out=1)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_fvu_to_the_stated_figure(kind: str, sparsity: str, data: Data) -> None:
+    """On held-out tokens, from 0.7 or more before the first step; a penalty comes near the wanted L0 even in so few."""
+    found = measured(quick(kind, sparsity), data)
+    assert found.start > 0.7
+    assert found.l0 == pytest.approx(8, rel=0.2)
+    assert found.fvu <= MARGIN * STATED[kind][SPARSITIES.index(sparsity)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["transcoder jumprelu", "sae relu", "clt batchtopk", "crosscoder topk"])
+def test_the_benchmarks_own_figures_hold(name: str, whole: Data) -> None:
+    """Rows of `benchmarks/results/kinds.json` come out again: FVU, and the wanted L0 to within 10 %."""
+    stated, config = json.loads(RESULTS.read_text()), TrainingConfig(**{**SETTINGS, **TABLE[name]})
+    found = measured(config, whole)
+    assert found.fvu <= MARGIN * stated["rows"][name]["fvu"]
+    assert found.off <= 0.1
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return open_data(tmp_path_factory.mktemp("whole") / "activations", layers=SETTINGS["layers"], batches=BATCHES)
+
+
+def test_the_stored_table_is_whole_and_within_what_is_wanted() -> None:
+    """Every kind with every sparsity is there, below what needs no training, and at its L0 to within 10 %.
+
+    All but one, which is bad and is said to be: whoever mends it takes the exception out.
+    """
+    stated = json.loads(RESULTS.read_text())
+    assert stated["settings"] == json.loads(json.dumps(SETTINGS))
+    least = min(min(one.values()) for one in stated["baselines"].values())
+    assert set(stated["baselines"]) == set(BASELINES)
+    for name, config in TABLE.items():
+        row = stated["rows"][name]
+        assert (row["fvu"] < least) == (name != "causal_crosscoder relu"), name
+        assert config["sparsity"] not in PENALISED or row["off"] <= 0.1, name
