@@ -33,7 +33,7 @@ from replacement.dictionary import DictionarySet  # noqa: E402
 from replacement.evaluation.baselines import principal_components, random_dictionary  # noqa: E402
 from replacement.evaluation.reconstruction import ErrorMeter, FiringMeter  # noqa: E402
 from replacement.evaluation.splicing import encode, reconstruct  # noqa: E402
-from replacement.formats.native import write_whole  # noqa: E402
+from replacement.formats.drafts import write_whole  # noqa: E402
 from replacement.loading import load_bridge  # noqa: E402
 from replacement.training import Trainee, TrainingConfig, plans, train  # noqa: E402
 from replacement.training.config import KINDS, SPARSITIES  # noqa: E402

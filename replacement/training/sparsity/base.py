@@ -132,20 +132,26 @@ class Sparsity(nn.Module, abc.ABC):
 class Penalised(Sparsity):
     """A sparsity that a penalty brings about; a controller moves its weight until k features a token fire.
 
-    `log weight += gain * e`, with `e = log(L0 / k)` cut to [-1, 1], and `damping * e` on top for the step itself: a
-    proportional-integral controller on the logarithm, quick enough for a run of 300 steps: what the weight has to
-    balance falls tenfold in a hundred. The weight stays in [1e-5, 100], losses being about 1: where k is out of reach
-    it would run away, and be of no use when k comes into reach.
+    `log weight += gain * e`, `e = log(L0 / wanted)` cut to [-1, 1], and `damping * e` on top for the step itself: a
+    proportional-integral controller on the logarithm. Wanted are 2 k features at first, as many as fire at the start,
+    and k from three tenths of the run on: it is quick, so that short runs reach k, but where it holds k from the
+    beginning, features settle before they have found their directions. The weight stays in [1e-5, 100], losses being
+    about 1: where k is out of reach it would run away, and be of no use when k comes into reach.
     """
 
     log_weight: Tensor  # []
+    steps_done: Tensor  # []
     gain, damping = 0.2, 4.0
     lowest, highest = 1e-5, 100.0
     first_weight = 0.03
+    first_k = 2.0  # times k features a token fire at the start
+    falling = 0.3  # share of the run in which that falls to k
 
     def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
         super().__init__(config, k, mesh)
+        self.steps = config.steps
         self.register_buffer("log_weight", torch.tensor(self.first_weight).log())
+        self.register_buffer("steps_done", torch.tensor(0.0))
 
     def bias_to_start(self, x: Tensor, encoder: Encoder, k: float) -> Float[Tensor, " n_features"]:
         """The encoder bias at which every feature fires as often as the others, and k fire at a token."""
@@ -157,11 +163,17 @@ class Penalised(Sparsity):
         """How many features of all processes fire at a token of the whole batch."""
         return self.mesh.world.total((activations.detach() > 0).sum()) / (active.n_tokens * self.mesh.data.size)
 
+    def wanted(self) -> Float[Tensor, ""]:
+        """Features that are to fire at a token, at this step of the run."""
+        left = (1 - self.steps_done / (self.falling * self.steps)).clamp_min(0)
+        return self.k * self.first_k**left
+
     def controlled(self, fires: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The weight for a batch in which `fires` features a token fire; moves it where a training step is made."""
-        error = (fires.clamp_min(1e-3) / self.k).log().clamp(-1, 1)
+        error = (fires.clamp_min(1e-3) / self.wanted()).log().clamp(-1, 1)
         if torch.is_grad_enabled():
             self.log_weight.add_(self.gain * error).clamp_(math.log(self.lowest), math.log(self.highest))
+            self.steps_done.add_(1)
         return (self.log_weight + self.damping * error).exp()
 
 

@@ -11,7 +11,6 @@ from replacement.training.parallel import Mesh
 from replacement.training.sparse import ActiveSet
 from replacement.training.sparsity.base import Encoder, Exported, Penalised, positive
 
-_START = 2.0  # times k features a token fire at the start
 _TANH_SCALE = 4.0  # c of Anthropic, January 2025
 _QUADRATIC_WEIGHT = 1.0
 _LOWEST = 0.05  # of a threshold, in bandwidths
@@ -21,7 +20,7 @@ class ReLUSparsity(Penalised):
     """`max(pre, 0)` with the penalty `sum a |d|` (Bricken et al. 2023; Anthropic, April 2024)."""
 
     def prepare(self, x: Tensor, encoder: Encoder) -> Tensor:
-        return self.bias_to_start(x, encoder, _START * self.k)
+        return self.bias_to_start(x, encoder, self.first_k * self.k)
 
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
         return positive(x, encoder)
@@ -61,7 +60,7 @@ class JumpReLUSparsity(Penalised):
     def prepare(self, x: Tensor, encoder: Encoder) -> Tensor:
         with torch.no_grad():
             self.threshold.fill_(self.bandwidth)
-        return self.bias_to_start(x, encoder, _START * self.k) + self.bandwidth
+        return self.bias_to_start(x, encoder, self.first_k * self.k) + self.bandwidth
 
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
         with torch.no_grad():
@@ -110,7 +109,7 @@ class GatedSparsity(Penalised):
         self.shift = nn.Parameter(torch.zeros(self.n_own))
 
     def prepare(self, x: Tensor, encoder: Encoder) -> Tensor:
-        return self.bias_to_start(x, encoder, _START * self.k)
+        return self.bias_to_start(x, encoder, self.first_k * self.k)
 
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
         return positive(x, encoder)
