@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +74,11 @@ def measured(recipe: Recipe, name: str, seed: int, *, work: Path, prompts: int) 
     model = load_model(directory("atlas"))
     if not (folder / "config.json").is_file():
         make(model, _seeded(recipe, seed), folder, work=work / f"seed_{seed}" / f"{name}.work")
-    stored = formats.load(folder)
+    stored, wanted = formats.load(folder), json.loads(json.dumps(dataclasses.asdict(_seeded(recipe, seed))))
+    stages = {f"end_to_end_{i}": stage for i, stage in enumerate(wanted["end_to_end"])}
+    stages["reconstruction"] = wanted["reconstruction"]
+    if stages != {name: of for name, of in stored.metadata.items() if name in stages or name.startswith("end_to_end")}:
+        raise SystemExit(f"{folder}: was made with other settings; pass another --work")
     written = [hook(layer, MLP_OUT) for layer in range(len(model.blocks))]
     figures = evaluate_replacement(
         model.logits,

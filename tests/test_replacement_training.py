@@ -254,6 +254,8 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
         ({"n_features": (64, 32), "prefixes": (32,)}, "leave n_features itself out"),
         ({"n_features": (64, 32), "k": (4, 4, 4)}, "needs one number each"),
         ({"n_features": ()}, "needs one number each"),
+        ({"n_features": [64, 32]}, "needs an int, or a tuple"),
+        ({"n_features": 64.0}, "needs an int, or a tuple"),
         ({"prefixes": (32, 16)}, "ascending sizes"),
         ({"prefixes": (64,)}, "leave n_features itself out"),
         ({"prefixes": (63,)}, r"parts have \[63, 1\] features and the last must be the largest"),

@@ -75,6 +75,15 @@ def test_rounding_never_costs_a_feature(seed: int, scale: float, spread: float, 
     torch.testing.assert_close(chosen, pre.topk(k).values, rtol=1e-5, atol=1e-5 * scale)
 
 
+@pytest.mark.parametrize("factor", [1.0, 200.0, -200.0])
+def test_one_unusual_token_does_not_lift_all(factor: float) -> None:
+    """Far above 0, bfloat16 could not tell the other tokens' features apart, and nearly all would be candidates."""
+    x, W_enc, b_enc = weights(300, 24, 1024, shift=-20.0)
+    usual = float(choice._lift(x[3:], W_enc, b_enc, 16))
+    x[3] *= factor
+    assert 0 < float(choice._lift(x[3:], W_enc, b_enc, 16)) < 2 * usual
+
+
 @pytest.mark.parametrize("n_features", [64, 40, 33])
 def test_selection_is_the_comparison_with_the_threshold(n_features: int) -> None:
     """Comparing bits as integers, words at a time, is comparing positive floats; entries come by token and feature."""

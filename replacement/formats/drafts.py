@@ -15,7 +15,7 @@ class Drafts:
     """Files of one folder that appear together, in the order in which they were begun, when the context is left.
 
     Until then they stand beside their places under hidden names. Where anything is raised none appears, and what was
-    there before stays.
+    there before stays; only a process that is killed between two renames leaves some of each.
     """
 
     def __init__(self, folder: Path) -> None:

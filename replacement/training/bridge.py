@@ -61,6 +61,7 @@ class ReplaceableBridge:
         with warnings.catch_warnings():  # the bridge warns that edited values round differently; that is meant here
             warnings.simplefilter("ignore", UserWarning)
             device = next(self.bridge.parameters()).device
-            where = where.to(device, copy=True)
+            logits = self.bridge.run_with_hooks(tokens.to(device), fwd_hooks=hooks)
+            where = where.to(logits.device, copy=True)
             where[:, 0] = False
-            return self.bridge.run_with_hooks(tokens.to(device), fwd_hooks=hooks)[where]
+            return logits[where]

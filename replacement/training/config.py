@@ -173,7 +173,8 @@ class TrainingConfig(Settings):
 
     def _check_each(self) -> None:
         """Raise InputError for what the settings of any one dictionary contradict."""
-        assert isinstance(self.n_features, tuple)
+        if not isinstance(self.n_features, tuple) or not all(isinstance(n, int) for n in self.n_features):
+            raise InputError(f"TrainingConfig(n_features={self.n_features!r}): needs an int, or a tuple of them")
         if not self.n_features or (isinstance(self.k, tuple) and len(self.k) != len(self.n_features)):
             raise InputError(
                 f"TrainingConfig(n_features={self.n_features}, k={self.k}): needs one number each, or one for all"

@@ -107,6 +107,7 @@ def plans(config: TrainingConfig, n_layers: int, models: Sequence[str] = ()) -> 
         return planned
     if config.kind != "crosscoder":
         raise InputError(f"TrainingConfig(kind={config.kind!r}): several models need kind='crosscoder'")
+    config.of(0, 1)
     return _all_at_once(config, layers, models)
 
 

@@ -104,13 +104,15 @@ def select_top_of_few(
 def _lift(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor | float:
     """What to add to all pre-activations so that the k-th largest of nearly every token is above 0, as a comparison of
     bits needs; the order stays. Trained features are below 0 at most tokens.
+
+    No more than most tokens need: far above 0, bfloat16 is too coarse to tell features apart.
     """
     if not len(x):
         return 0.0
     sample = x[:: max(1, len(x) // _SAMPLE)]
-    kth = torch.addmm(b_enc, sample, W_enc.T).topk(k, dim=1, sorted=False).values.amin(1)
-    lowest, highest = kth.aminmax()
-    return (highest - 2 * lowest).clamp_min(0) * (lowest <= 0.1 * highest)
+    kth = torch.addmm(b_enc, sample, W_enc.T).topk(k, dim=1, sorted=False).values.amin(1).sort().values
+    low, middle = kth[len(kth) // 16], kth[len(kth) // 2]
+    return (middle - 2 * low).clamp_min(0) * (low <= 0.1 * middle)
 
 
 class _Rounded(NamedTuple):
