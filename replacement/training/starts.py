@@ -29,7 +29,7 @@ def _random(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, gene
     """
     n = sum(sizes)
     rows = torch.nn.functional.normalize(_drawn(n, x.shape[1], own, generator).to(x.device), dim=1)
-    bias = -rows @ x.mean(0)
+    bias = -(rows * x.mean(0)).sum(1)  # row by row: the same bits however many rows a process holds
     if same:
         return Detectors(rows, bias, rows.clone())
     written = torch.nn.functional.normalize(_drawn(n, y.shape[1], own, generator).to(x.device), dim=1)
