@@ -1,6 +1,6 @@
 """Is a cross-layer transcoder better than per-layer transcoders of as many parameters?
 
-    python benchmarks/clt.py --work DIR [--seeds 0 1 2] [--features 808 704 616 560 560 680] [--bridging 300]
+    python benchmarks/clt.py --work DIR [--seeds 0 1 2] [--features 808 704 616 560 560 680 [--coarse 184]] [--bridging 300]
 
 For each seed both sets are trained for atlas by its recipe (about 15 CPU-minutes a set; kept in DIR, where a stopped
 run goes on), then compared on documents that no training used: top-1 agreement and KL of the model with all MLPs
@@ -52,12 +52,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--features", type=int, nargs=6, help="of the cross-layer transcoder, by layer")
+    parser.add_argument("--coarse", type=int, help="of these, nested in front; at most half of the fewest")
     parser.add_argument("--bridging", type=int, default=0, metavar="STEPS")
     given = parser.parse_args()
     torch.set_num_threads(1)
     recipes = {name: _changed(RECIPES[name], bridging=given.bridging) for name in SETS}
     if given.features:
-        widths = dataclasses.replace(recipes["clt"].reconstruction, n_features=tuple(given.features))
+        usual = recipes["clt"].reconstruction
+        prefixes = (given.coarse,) if given.coarse else usual.prefixes
+        widths = dataclasses.replace(usual, n_features=tuple(given.features), prefixes=prefixes)
         recipes["clt"] = dataclasses.replace(recipes["clt"], reconstruction=widths)
     print(f"{'set':<14}{'seed':>5}{'parameters':>12}{'top-1':>9}{'answers':>9}{'KL':>9}{'repl.':>8}{'compl.':>8}")
     for seed in given.seeds:

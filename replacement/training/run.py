@@ -93,14 +93,13 @@ def run(
 ) -> Finished:
     """Train what `config` asks for on a bridge's activations, in the folder `out`; a stopped run goes on from there.
 
-    bridge: a model, or several by name whose sites one crosscoder reads side by side; dictionaries are trained on the
-    device of the first. model, data: as they were named,
-    kept in `training.json`; data as of `open_tokens`. end_to_end: a last stage that brings the replaced model's
-    predictions to the original's. context: tokens of a row, at most the models'. documents: rows of one forward pass.
-    cache: folder of activations to train from; what it lacks is written there first, by running the model.
-    cache_dtype: how they are kept there, of `storage.DTYPES`; without a cache, too, they are bfloat16.
-    dashboards: of `report.DASHBOARDS`. mesh: processes that train together, all of which call this; as in `train`. A
-    run may go on with another number.
+    bridge: a model, on whose device dictionaries train, or several by name whose sites one crosscoder reads side by
+    side. model, data: as they were named, kept in `training.json`; data as of `open_tokens`. end_to_end: a last stage
+    that brings the replaced model's predictions to the original's. context: tokens of a row, at most the models'.
+    documents: rows of one forward pass. cache: folder of activations to train from; what it lacks is written there
+    first, by running the model. cache_dtype: how they are kept there, of `storage.DTYPES`; without a cache, too, they
+    are bfloat16. dashboards: of `report.DASHBOARDS`. mesh: processes that train together, all of which call this; as in
+    `train`. A run may go on with another number.
     Raises `InputError` for settings that contradict each other, models that cannot be compared, a folder or a cache of
     another run, or bad data.
     """
