@@ -1,6 +1,6 @@
 """Is a cross-layer transcoder better than per-layer transcoders of as many parameters?
 
-    python benchmarks/clt.py --work DIR [--seeds 0 1 2] [--features 808 704 616 560 560 680 [--coarse 184]] [--bridging 300]
+    python benchmarks/clt.py --work DIR [--seeds 0 1 2] [--features 808 704 616 560 560 680] [--bridging 300]
 
 For each seed both sets are trained for atlas by its recipe (about 15 CPU-minutes a set; kept in DIR, where a stopped
 run goes on), then compared on documents that no training used: top-1 agreement and KL of the model with all MLPs

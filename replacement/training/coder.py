@@ -15,8 +15,8 @@ from replacement.training import dead as remedies
 from replacement.training.config import TrainingConfig
 from replacement.training.kinds import Plan
 from replacement.training.parallel import Mesh
-from replacement.training.schemes import LinearScheme, scheme
-from replacement.training.sparse import ActiveSet, decode_active, select_top_of_few
+from replacement.training.schemes import scheme
+from replacement.training.sparse import ActiveSet, decode_active
 from replacement.training.sparsity import Encoder, GatedSparsity, sparsity
 from replacement.training.starts import start
 
@@ -78,7 +78,7 @@ class Coder(nn.Module):
             generator=generator,
         )
         rows = self.scheme.prepare(rows, x, generator)
-        self.sparsity = sparsity(config, config.k_of(0, 1), mesh).to(x.device)
+        self.sparsity = sparsity(config, mesh).to(x.device)
         self.W_enc = nn.Parameter(rows.W_enc)
         W_dec = y.new_zeros(len(rows.W_dec), *y.shape[1:])
         W_dec[:, : own.shape[1]] = rows.W_dec.unflatten(1, own.shape[1:]) / (shared if own is y else 1)
@@ -109,8 +109,7 @@ class Coder(nn.Module):
         values = self.scheme.values(x, self.W_enc, self.b_enc, active)
         activations = self.sparsity.activations(values, active)
         self._observe(activations.detach(), active)
-        if (weight := self.scheme.weight(x)) is not None:
-            activations = activations * weight[active.token]
+        activations = self._weighted(activations, x, active)
         parts = decode_active(activations, self.W_dec.flatten(1), active, self.prefixes)
         gate = None
         if isinstance(self.sparsity, GatedSparsity):
@@ -119,6 +118,12 @@ class Coder(nn.Module):
         penalty = self.sparsity.extra_loss(values, activations, active, self.norms())
         penalty = penalty + self.scheme.extra_loss(x, self.mesh.data)
         return Pass(parts.unflatten(2, self.W_dec.shape[1:]), active, activations, penalty, gate)
+
+    def _weighted(
+        self, activations: Float[Tensor, " entries"], x: Float[Tensor, "tokens d_in"], active: ActiveSet
+    ) -> Float[Tensor, " entries"]:
+        weight = self.scheme.weight(x)
+        return activations if weight is None else activations * weight[active.token]
 
     @torch.no_grad()
     def _observe(self, activations: Float[Tensor, " entries"], active: ActiveSet) -> None:
@@ -143,7 +148,7 @@ class Coder(nn.Module):
         """The loss that the remedy for dead features adds, those of all processes together; `error`, what the living
         missed, is held fixed.
         """
-        if self.dead not in remedies.LOSSES:
+        if self.dead not in ("auxk", *remedies.LOSSES):
             return error.new_zeros(())
         dead = self.is_dead().nonzero().flatten()
         count, data = self.mesh.features.count(len(dead)), self.mesh.data
@@ -153,14 +158,13 @@ class Coder(nn.Module):
         rows = data.tokens_of(chosen).to(x.device)
         seen = x[rows].detach()
         missed = remedies.Missed(error[rows].detach().flatten(1), self.dead_k, count, len(chosen), self.mesh)
-        if self.dead == "auxk" and isinstance(self.scheme, LinearScheme):
-            top = select_top_of_few(seen, self.W_enc[dead], self.b_enc[dead], min(self.dead_k, count))
-            strongest = ActiveSet(top.token, dead[top.feature], len(seen), len(self.W_dec))
-            values = self.scheme.values(seen, self.W_enc, self.b_enc, strongest)
-            return remedies.auxk_of_strongest(values, self.W_dec.flatten(1), strongest, missed)
+        if self.dead == "auxk":
+            with torch.no_grad():
+                pre = self.scheme.dense(seen, self.W_enc, self.b_enc, dead)
+            active = remedies.strongest(pre, dead, len(self.W_dec), missed)
+            activations = self.scheme.values(seen, self.W_enc, self.b_enc, active)
+            return remedies.auxk(self._weighted(activations, seen, active), self.W_dec.flatten(1), active, missed)
         pre = self.scheme.dense(seen, self.W_enc, self.b_enc, dead)
-        if (weight := self.scheme.weight(seen)) is not None:
-            pre = pre * weight[:, None]
         W_dec, level = self.W_dec[dead].flatten(1), self.sparsity.levels(self.encoder())[dead]
         return remedies.LOSSES[self.dead](remedies.Dead(pre, W_dec, level), missed)
 

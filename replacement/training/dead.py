@@ -46,26 +46,26 @@ class Dead(NamedTuple):
     level: Float[Tensor, " dead"]  #: pre-activation above which each fires
 
 
-def auxk_of_strongest(
-    values: Float[Tensor, " entries"], W_dec: Float[Tensor, "n_features d_out"], active: ActiveSet, missed: Missed
-) -> Float[Tensor, ""]:
-    """AuxK's loss from the strongest dead features of each token alone, of each process min(k, its dead) of them.
+@torch.no_grad()
+def strongest(
+    pre: Float[Tensor, "rows dead"], dead: Int[Tensor, " dead"], n_features: int, missed: Missed
+) -> ActiveSet:
+    """The dead features that take part in AuxK: the k strongest of all processes at each token, where they are above 0.
 
-    values: their pre-activations, with gradients.
+    dead: which of the `n_features` of this process the columns of `pre` are, ascending.
     """
-    features, fired = missed.mesh.features, F.relu(values)
-    if features.size > 1:
-        own = fired.detach().reshape(active.n_tokens, len(fired) // max(1, active.n_tokens))
-        least = features.largest(own, min(missed.k, missed.n_dead))[:, -1]
-        fired = fired * (fired >= least[active.token])
-    rebuilt = features.add(decode_active(fired, W_dec, active)[:, 0])
-    return _mean((missed.error - rebuilt).pow(2), missed)
+    place = pre.topk(min(missed.k, len(dead)), dim=1).indices.sort(dim=1).values
+    fired = F.relu(pre.gather(1, place))
+    least = missed.mesh.features.largest(fired, min(missed.k, missed.n_dead))[:, -1:]
+    token, column = ((fired > 0) & (fired >= least)).nonzero().unbind(1)
+    return ActiveSet(token, dead[place[token, column]], len(pre), n_features)
 
 
-def _auxk(dead: Dead, missed: Missed) -> Tensor:
-    pre = F.relu(dead.pre)
-    least = missed.mesh.features.largest(pre.detach(), min(missed.k, missed.n_dead))[:, -1:]
-    rebuilt = missed.mesh.features.add((pre * (pre >= least)) @ dead.W_dec)
+def auxk(
+    activations: Float[Tensor, " entries"], W_dec: Float[Tensor, "n_features d_out"], active: ActiveSet, missed: Missed
+) -> Float[Tensor, ""]:
+    """AuxK's loss from the activations of the `strongest`."""
+    rebuilt = missed.mesh.features.add(decode_active(activations, W_dec, active)[:, 0])
     return _mean((missed.error - rebuilt).pow(2), missed)
 
 
@@ -93,8 +93,8 @@ def _mean(x: Float[Tensor, "rows columns"], missed: Missed, *, width: int = 0) -
     return x.sum() * (missed.mesh.data.size / (missed.rows * (width or x.shape[1])))
 
 
-LOSSES: dict[str, Callable[[Dead, Missed], Tensor]] = {"auxk": _auxk, "ghost": _ghost, "preactivation": _preactivation}
-"""Remedies that add to the loss."""
+LOSSES: dict[str, Callable[[Dead, Missed], Tensor]] = {"ghost": _ghost, "preactivation": _preactivation}
+"""Remedies that add a loss of all dead features; that of AuxK is of the strongest alone."""
 
 
 class Fresh(NamedTuple):

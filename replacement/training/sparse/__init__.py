@@ -6,7 +6,7 @@ own precision. Knows nothing of losses, layers or training steps.
 """
 
 from replacement.training.sparse.active import ActiveSet, active_at, in_order, select
-from replacement.training.sparse.choice import preselect, select_above, select_top, select_top_of_few
+from replacement.training.sparse.choice import preselect, select_above, select_top
 from replacement.training.sparse.pairs import dense_pairs, encode_pairs, pairs_above, pairs_top
 from replacement.training.sparse.products import decode_active, encode_active
 
@@ -24,5 +24,4 @@ __all__ = [
     "select",
     "select_above",
     "select_top",
-    "select_top_of_few",
 ]

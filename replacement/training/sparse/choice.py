@@ -72,7 +72,7 @@ def select_top(
     k = min(k, n_features)
     groups = 1 << (4 * k - 1).bit_length()  # the k-th largest of so many maxima is near the k-th largest of all
     if 4 * groups > n_features:
-        return select_top_of_few(x, W_enc, b_enc, k)
+        return active_at(_dense_top(x, W_enc, b_enc, k, torch.arange(n_tokens, device=x.device)), n_tokens, n_features)
     found, hard = [], []
     for start, pre, margin in _Product(x, W_enc, b_enc + _lift(x, W_enc, b_enc, k)).chunks():
         bits, size = as_bits(pre), n_features // groups
@@ -87,18 +87,6 @@ def select_top(
     chosen = flat.index_select(0, _top_of_each(token, values, n_tokens, k))
     rest = _dense_top(x, W_enc, b_enc, k, torch.cat(hard))
     return active_at(torch.cat([chosen, rest]).sort().values if len(rest) else chosen, n_tokens, n_features)
-
-
-@torch.no_grad()
-def select_top_of_few(
-    x: Float[Tensor, "tokens d_in"],
-    W_enc: Float[Tensor, "n_features d_in"],
-    b_enc: Float[Tensor, " n_features"],
-    k: int,
-) -> ActiveSet:
-    """`select_top` by the plain product, for few tokens or features: looking for candidates gains little there."""
-    every = torch.arange(len(x), device=x.device)
-    return active_at(_dense_top(x, W_enc, b_enc, min(k, len(W_enc)), every), len(x), len(W_enc))
 
 
 def _lift(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor | float:
@@ -192,7 +180,7 @@ def _dense_top(x: Tensor, W: Tensor, b: Tensor, k: int, rows: Int[Tensor, " rows
     """Places in the flattened matrix of the k largest of some tokens, by the plain product."""
     parts = [
         (some.unsqueeze(1) * len(W) + torch.addmm(b, x[some], W.T).topk(k, dim=1, sorted=False).indices).flatten()
-        for some in rows.split(max(1, _CHUNK // max(1, len(W))))
+        for some in rows.split(max(1, _CHUNK // len(W)))
     ]
     return torch.cat(parts).sort().values
 

@@ -19,6 +19,6 @@ BY_NAME: dict[str, type[Sparsity]] = {
 }
 
 
-def sparsity(config: TrainingConfig, k: int, mesh: Mesh) -> Sparsity:
+def sparsity(config: TrainingConfig, mesh: Mesh) -> Sparsity:
     """The sparsity that a config names, with k features a token, for the features that this process holds."""
-    return BY_NAME[config.sparsity](config, k, mesh)
+    return BY_NAME[config.sparsity](config, mesh)

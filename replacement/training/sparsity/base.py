@@ -69,9 +69,9 @@ class Sparsity(nn.Module, abc.ABC):
     with an axis have one number a feature held; those without are the same in all processes.
     """
 
-    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
+    def __init__(self, config: TrainingConfig, mesh: Mesh) -> None:
         super().__init__()
-        self.k, self.mesh = k, mesh
+        self.k, self.mesh = config.k_of(0, 1), mesh
         self.n_features = config.width  #: of all processes
         self.n_own = config.width // mesh.features.size
 
@@ -147,8 +147,8 @@ class Penalised(Sparsity):
     first_k = 2.0  # times k features a token fire at the start
     falling = 0.3  # share of the run in which that falls to k
 
-    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
-        super().__init__(config, k, mesh)
+    def __init__(self, config: TrainingConfig, mesh: Mesh) -> None:
+        super().__init__(config, mesh)
         self.steps = config.steps
         self.register_buffer("log_weight", torch.tensor(self.first_weight).log())
         self.register_buffer("steps_done", torch.tensor(0.0))

@@ -52,8 +52,8 @@ class JumpReLUSparsity(Penalised):
 
     threshold: nn.Parameter  # [n_features], float32, learned as it is: its logarithm hardly moves under Adam
 
-    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
-        super().__init__(config, k, mesh)
+    def __init__(self, config: TrainingConfig, mesh: Mesh) -> None:
+        super().__init__(config, mesh)
         self.bandwidth, self.quadratic = config.bandwidth, config.penalty == "quadratic"
         self.threshold = nn.Parameter(torch.zeros(self.n_own))
 
@@ -103,8 +103,8 @@ class GatedSparsity(Penalised):
     r_mag: nn.Parameter  # [n_features]
     shift: nn.Parameter  # [n_features], b_mag - exp(r_mag) b_enc: the threshold of the JumpReLU that this equals
 
-    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
-        super().__init__(config, k, mesh)
+    def __init__(self, config: TrainingConfig, mesh: Mesh) -> None:
+        super().__init__(config, mesh)
         self.r_mag = nn.Parameter(torch.zeros(self.n_own))
         self.shift = nn.Parameter(torch.zeros(self.n_own))
 

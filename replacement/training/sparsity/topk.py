@@ -50,8 +50,8 @@ class BatchTopKSparsity(Sparsity):
     threshold: Tensor  # [], above it a feature fires
     peak: Tensor  # [n_features], usual highest activation in a batch
 
-    def __init__(self, config: TrainingConfig, k: int, mesh: Mesh) -> None:
-        super().__init__(config, k, mesh)
+    def __init__(self, config: TrainingConfig, mesh: Mesh) -> None:
+        super().__init__(config, mesh)
         self.floor = config.floor
         self.register_buffer("threshold", torch.tensor(0.0))
         self.register_buffer("peak", torch.zeros(self.n_own))
