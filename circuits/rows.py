@@ -5,16 +5,19 @@ Array work only; knows nothing of how rows are computed, nor of what their colum
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
+from numpy.typing import DTypeLike
 from scipy.sparse import csr_array
 
 from replacement.errors import InputError
 
 WHOLE_ENTRIES = 250_000_000  #: rows times sources up to which a graph keeps all of its edges, unless told otherwise
+OWN_PAGES = 2**16  #: bytes from which on an array has memory of its own; a process may have some 10,000 such pieces
 LARGE_DROP = 1e-3  #: share of a row that larger graphs leave out, unless told otherwise
 
 
@@ -62,12 +65,8 @@ def store(rows: Float[np.ndarray, "n_rows n_sources"], *, drop: float) -> Stored
     every edge that is not 0.
     """
     if drop == 0:
-        found = rows != 0
-        columns = np.broadcast_to(np.arange(rows.shape[1], dtype=np.int32), rows.shape)[found]
-        starts = np.concatenate([[0], np.cumsum(np.count_nonzero(found, 1))])
-        kept = csr_array((rows[found], columns, starts.astype(np.int32)), shape=rows.shape)
-        return StoredRows(kept, np.abs(rows).sum(1, dtype=np.float64), np.zeros(len(rows)), 0.0)
-    indices, weights = [np.empty(0, np.int32)], [np.empty(0, rows.dtype)]
+        return StoredRows(_sparse(rows), np.abs(rows).sum(1, dtype=np.float64), np.zeros(len(rows)), 0.0)
+    indices, weights = [], []
     sums, dropped, share = np.zeros(len(rows)), np.zeros(len(rows)), 0.0
     for i, row in enumerate(rows):
         sources = np.flatnonzero(row)
@@ -82,9 +81,32 @@ def store(rows: Float[np.ndarray, "n_rows n_sources"], *, drop: float) -> Stored
             sources, edges = sources[~goes], edges[~goes]
         indices.append(sources.astype(np.int32))
         weights.append(edges)
-    starts = np.cumsum([len(part) for part in weights])
-    parts = (np.concatenate(weights), np.concatenate(indices), starts.astype(np.int32))
-    return StoredRows(csr_array(parts, shape=rows.shape), sums, dropped, share)
+    starts = np.cumsum([0, *map(len, weights)]).astype(np.int32)
+    all_weights, all_indices = _pages(starts[-1], rows.dtype), _pages(starts[-1], np.int32)
+    if len(rows):
+        np.concatenate(weights, out=all_weights)
+        np.concatenate(indices, out=all_indices)
+    return StoredRows(csr_array((all_weights, all_indices, starts), shape=rows.shape), sums, dropped, share)
+
+
+def _sparse(rows: Float[np.ndarray, "n_rows n_sources"]) -> csr_array:
+    found, every = rows != 0, np.arange(rows.shape[1], dtype=np.int32)
+    starts = np.concatenate([[0], np.cumsum(np.count_nonzero(found, 1))]).astype(np.int32)
+    weights, indices = _pages(starts[-1], rows.dtype), _pages(starts[-1], np.int32)
+    for row, where, start, end in zip(rows, found, starts[:-1], starts[1:], strict=True):
+        np.compress(where, row, out=weights[start:end])
+        np.compress(where, every, out=indices[start:end])
+    return csr_array((weights, indices, starts), shape=rows.shape)
+
+
+def _pages(count: int, dtype: DTypeLike) -> Shaped[np.ndarray, " count"]:
+    """An array whose memory is the system's again once it is dropped: the allocator would keep it, and rows move from
+    such arrays into the graph's while both are there.
+    """
+    size = int(count) * np.dtype(dtype).itemsize
+    if size < OWN_PAGES:
+        return np.empty(count, dtype)
+    return np.frombuffer(mmap.mmap(-1, size), dtype)
 
 
 def _smallest(sizes: Float[np.ndarray, " n"], allowed: float) -> Bool[np.ndarray, " n"] | None:

@@ -20,13 +20,13 @@ from circuits.rows import Block, chosen_drop, store
 from circuits.saved_rows import Identity, SavedRows
 from circuits.selection import partial_influence, strongest
 from circuits.targets import Target, depth, reads
-from replacement.contributions import Contributions, Engine, total_rows
+from replacement.contributions import COLUMNS, Contributions, Engine, total_rows
 from replacement.errors import InputError
 from replacement.features import Targets
 from replacement.local import LocalModel
 
-CACHED_BYTES = 32 * 2**20  #: what a sweep takes at most where more would miss a processor's caches, and be slower
-ENOUGH, MOST = 32, 128  #: targets of a sweep whose products are large, so that caches count; and the most it takes
+CACHED_BYTES = 16 * 2**20  #: what a sweep takes at most where more would miss a processor's caches, and be slower
+ENOUGH, MOST = 32, 64  #: targets of a sweep whose products are large, so that caches count; and the most it takes
 SURE = 0.1  #: share of the rows' possible entries from which on it is said whether the rest fits
 EMPTIER = 0.5  #: how full the rest is at least, beside those: rows of other layers lose more where edges are dropped
 
@@ -195,7 +195,8 @@ def _sweep_batch(local: LocalModel, budget: Budget) -> int:
             f"{budget.call}one row's sweep takes {in_words(one)}; "
             f"{'pass' if budget.given else 'free some, or pass'} more memory (--memory), or a shorter prompt"
         )
-    return max(1, min(MOST, max(ENOUGH, CACHED_BYTES // one), budget.sweep // one))
+    size = max(1, min(MOST, max(ENOUGH, CACHED_BYTES // one), budget.sweep // one))
+    return size - size % COLUMNS if size > COLUMNS else size
 
 
 def sweep_bytes(local: LocalModel) -> int:

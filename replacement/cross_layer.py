@@ -61,7 +61,7 @@ class CrossLayerTranscoder(LearnedDictionary):
         self.activation, self.encoding = activation, encoding
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
-        return self.W_dec[features, layer - self.layer].to(self.b_dec.dtype)
+        return self.W_dec[:, layer - self.layer].index_select(0, features).to(self.b_dec.dtype)
 
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
         return activations @ self.W_dec[:, layer - self.layer].to(activations.dtype)

@@ -81,7 +81,7 @@ class Crosscoder(LearnedDictionary):
         raise InputError(f"crosscoder: has no part at layer {layer} of model {model!r}; parts: {', '.join(self.parts)}")
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
-        return self.W_dec[features, self.part(layer)].to(self.b_dec.dtype)
+        return self.W_dec[:, self.part(layer)].index_select(0, features).to(self.b_dec.dtype)
 
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
         return activations @ self.W_dec[:, self.part(layer)].to(activations.dtype)

@@ -57,7 +57,7 @@ class Dictionary(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
-        """What one unit of each listed feature writes at `layer`, one of `write_layers`."""
+        """What one unit of each listed feature writes at `layer`, one of `write_layers`: a copy, the caller's own."""
 
     @abc.abstractmethod
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:

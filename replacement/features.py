@@ -55,4 +55,4 @@ class Writes(NamedTuple):
 
     def vectors(self, rows: slice | Int[Tensor, " n"] = slice(None)) -> Float[Tensor, "n d_model"]:
         """Activations times decoder rows, gathered anew at each call: all of them may not fit in memory at once."""
-        return self.writer.write_rows(self.feature[rows], self.layer) * self.activation[rows, None]
+        return self.writer.write_rows(self.feature[rows], self.layer).mul_(self.activation[rows, None])

@@ -102,7 +102,7 @@ class Neurons(Dictionary):
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
         assert layer == self.layer
-        return self.W_dec[features]
+        return self.W_dec.index_select(0, features)
 
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
         assert layer == self.layer

@@ -165,7 +165,12 @@ class Sweep:
         Few things are written so low. To carry them to the values of attention is less than to pull every gradient
         from there to the stream.
         """
-        return torch.cat([vectors, vectors @ self.transposed.maps(1, self.products).value], -1)
+        value = self.transposed.maps(1, self.products).value
+        wide = vectors.new_empty(vectors.shape[:-1].numel(), sum(value.shape))
+        stream, moved = wide.tensor_split([len(value)], 1)
+        stream.copy_(vectors.reshape(stream.shape))
+        torch.mm(stream, value, out=moved)
+        return wide.view(*vectors.shape[:-1], wide.shape[1])
 
     # ---- attention
 
@@ -339,6 +344,14 @@ class Sweep:
         table = torch.einsum("hqk,hkd->qkd", self._pattern(0, everywhere, everywhere), written.flatten(0, 1))
         table.diagonal(dim1=0, dim2=1).add_(embedding.T)
         return table
+
+    @cached_property
+    def wide_table(self) -> Float[Tensor, "query key wide"]:
+        """The table's wide form, of which the table itself is a part from then on."""
+        assert self.table is not None
+        wide = self.widened(self.table)
+        self.table = wide[..., : self.table.shape[-1]]
+        return wide
 
     # ---- memory
 

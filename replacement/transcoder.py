@@ -66,7 +66,7 @@ class Transcoder(LearnedDictionary):
 
     def write_rows(self, features: Int[Tensor, " n"], layer: int) -> Float[Tensor, "n d_out"]:
         assert layer == self.layer
-        return self.W_dec[features].to(self.b_dec.dtype)
+        return self.W_dec.index_select(0, features).to(self.b_dec.dtype)
 
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
         assert layer == self.layer

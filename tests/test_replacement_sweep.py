@@ -13,6 +13,7 @@ SHORTCUTS = {
     "few keys at once": [(sweep, "KEYS", 3)],
     "one matrix": [(sweep, "FEW", 10_000)],
     "a matrix a position": [(sweep, "FEW", 0)],
+    "a column a target": [(contributions, "COLUMNS", 1)],
     "no table": [(sweep, "TABLE_BYTES", 0)],
     "vectors gathered": [(contributions, "KEPT_BYTES", 0)],
     "neither": [(sweep, "TABLE_BYTES", 0), (contributions, "KEPT_BYTES", 0)],

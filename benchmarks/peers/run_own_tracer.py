@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from circuits import attribute
 from graphs import AttributionGraph, NodeKind
-from replacement import ReplacementModel
+from replacement import ReplacementModel, contributions
 
 
 def load(options: argparse.Namespace) -> ReplacementModel:
@@ -47,12 +47,13 @@ def figures(model: ReplacementModel, graph: AttributionGraph) -> dict[str, float
 
 
 def products(model: ReplacementModel, tokens: torch.Tensor, options: argparse.Namespace) -> float:
-    """Multiply-adds of all matrix products of one trace, counted as they are made."""
+    """Multiply-adds of all matrix products of one trace, counted as they are made, but for columns of no target."""
 
     def of_product(into: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
         return 2 * math.prod(a) * b[-1]
 
     in_place = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), of_product)
+    contributions.COLUMNS = 1
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         trace(model, tokens, options)
     return counter.get_total_flops() / 2
