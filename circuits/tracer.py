@@ -20,7 +20,8 @@ from circuits.rows import Block, chosen_drop, store
 from circuits.saved_rows import Identity, SavedRows
 from circuits.selection import partial_influence, strongest
 from circuits.targets import Target, depth, reads
-from replacement.contributions import COLUMNS, Contributions, Engine, total_rows
+from replacement.columns import COLUMNS
+from replacement.contributions import Contributions, Engine, total_rows
 from replacement.errors import InputError
 from replacement.features import Targets
 from replacement.local import LocalModel

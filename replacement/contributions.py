@@ -15,13 +15,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from replacement.columns import filled
 from replacement.features import Targets
 from replacement.linear import Entry, apply_norm
 from replacement.local import LocalModel
 from replacement.sites import Slot
 from replacement.sweep import Group, Pulled, Sweep, Transposed
 
-COLUMNS = 16  #: products of a multiple of so many columns are up to twice as fast as of other numbers
 KEPT_BYTES = 512 * 2**20  #: written vectors up to this size are kept from sweep to sweep; more are gathered for each
 
 
@@ -93,7 +93,7 @@ class LinearEngine:
     def rows(self, targets: Targets) -> Contributions:
         order = torch.argsort(targets.positions, stable=True)
         entry, own_bias = enter(self.local, targets)
-        ordered = _widened(entry._replace(gradient=entry.gradient[order], positions=entry.positions[order]))
+        ordered = filled(entry._replace(gradient=entry.gradient[order], positions=entry.positions[order]))
         found = _Columns(self.local, len(ordered.positions))
         groups = _groups(ordered.positions)
         for pulled in self.sweep.pull(ordered, groups):
@@ -221,18 +221,6 @@ class _Columns:
         parts = (self.features, self.errors, self.embeddings, self.bias, self.bos)
         features, errors, embeddings, bias, bos = (part[..., wanted] for part in parts)
         return Contributions(features.T, errors.permute(2, 0, 1), embeddings.T, bias + own_bias, bos)
-
-
-def _widened(entry: Entry) -> Entry:
-    """The targets with some of no gradient after them, where products of so many columns are faster."""
-    n = len(entry.positions)
-    missing = -n % COLUMNS
-    if missing > n // 2:
-        return entry
-    gradient = torch.cat([entry.gradient, entry.gradient.new_zeros(missing, entry.gradient.shape[1])])
-    return entry._replace(
-        gradient=gradient, positions=torch.cat([entry.positions, entry.positions[-1:].expand(missing)])
-    )
 
 
 def _groups(positions: Int[Tensor, " n"]) -> list[Group]:

@@ -24,12 +24,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from replacement.columns import product, through_mlp, transpose_norm_at_all
 from replacement.linear import Entry, LinearPath
-from replacement.linearised import LinearMLP
 from replacement.sites import ModelWeights, Norm, Place, Slot
 
 KEYS = 256  #: keys of an attention pattern that are multiplied at once; later queries only, half the work when many
-FEW = 24  #: targets up to which a product takes all positions as one matrix: libraries are slow at narrow ones
 TABLE_BYTES = 64 * 2**20  #: what the table of the first block may take; beyond, gradients go through like anywhere
 
 
@@ -234,16 +233,16 @@ class Sweep:
             shares = [share.to(self.products) for share in spread.shares]
             Spread(carried, own, shares, spread.groups).write(heads)
         else:
-            _product(out, stream.to(self.products), heads)
+            product(out, stream.to(self.products), heads)
         columns = self._columns(prefix, batch)[:, : width + value.shape[1]]
         if self.products == stream.dtype:
             self._mix(layer, heads, columns[:, width:])
             if not wide:
-                _product(value, columns[:, width:], stream, add=True)
+                product(value, columns[:, width:], stream, add=True)
         else:
             mixed = self._take("mixed", (prefix, value.shape[1], batch), self.products)
             self._mix(layer, heads, mixed)
-            stream.add_(_product(value, mixed, stream.new_empty(stream.shape, dtype=self.products)))
+            stream.add_(product(value, mixed, stream.new_empty(stream.shape, dtype=self.products)))
         return columns if wide else stream if to_pre is None else stream.add_(to_pre)
 
     def _mix(self, layer: int, heads: Tensor, mixed: Float[Tensor, "prefix kv_heads*d_head batch"]) -> None:
@@ -305,9 +304,7 @@ class Sweep:
             gradient = torch.matmul(skip.W_skip.T, gradient)
             return self._from_read(layer, skip.read, gradient)
         if mlp is not None and Slot(layer, Place.MLP) not in path.written:
-            return self._from_read(
-                layer, "mlp.hook_in", _through_mlp(mlp, self._at_write(layer, "mlp.hook_out", state))
-            )
+            return self._from_read(layer, "mlp.hook_in", through_mlp(mlp, self._at_write(layer, "mlp.hook_out", state)))
         return None
 
     def _at_write(self, layer: int, site: str, stream: Tensor) -> Tensor:
@@ -364,20 +361,6 @@ class Sweep:
         return found[:size].view(shape)
 
 
-def _product(
-    matrix: Float[Tensor, "m n"], x: Float[Tensor, "prefix n batch"], into: Float[Tensor, "prefix m batch"],
-    *, add: bool = False,
-) -> Float[Tensor, "prefix m batch"]:  # fmt: skip
-    """`into = matrix x` at every position, or `into += matrix x`."""
-    prefix, n, batch = x.shape
-    if batch < FEW or x.dtype == torch.bfloat16:  # libraries have no fast narrow products in bfloat16 either
-        flat = matrix @ x.permute(1, 0, 2).reshape(n, prefix * batch)
-        found = flat.view(-1, prefix, batch).permute(1, 0, 2)
-        return into.add_(found) if add else into.copy_(found)
-    everywhere = matrix.expand(prefix, -1, -1)
-    return into.baddbmm_(everywhere, x) if add else torch.bmm(everywhere, x, out=into)
-
-
 def _at_positions(added: Tensor | None, groups: list[Group], stream: Tensor) -> Tensor:
     """Add to a stream what stands at each target's own position."""
     if added is not None:
@@ -386,23 +369,5 @@ def _at_positions(added: Tensor | None, groups: list[Group], stream: Tensor) -> 
     return stream
 
 
-def transpose_norm_at_all(
-    norm: Norm, scale: Float[Tensor, "prefix 1"], gradient: Float[Tensor, "prefix d_model batch"]
-) -> Float[Tensor, "prefix d_model batch"]:
-    """`replacement.linear.transpose_norm` for targets last."""
-    gradient = gradient * (norm.weight / scale)[:, :, None]
-    return gradient - gradient.mean(1, keepdim=True) if norm.center else gradient
-
-
 def _centered(norm: Norm, matrix: Tensor, dim: int) -> Tensor:
     return matrix - matrix.mean(dim, keepdim=True) if norm.center else matrix
-
-
-def _through_mlp(mlp: LinearMLP, gradient: Float[Tensor, "prefix d_model batch"]) -> Tensor:
-    """`LinearMLP.transpose` for targets last."""
-    prefix, of = len(gradient), mlp.neurons
-    hidden = torch.matmul(of.W_dec, gradient)
-    through = torch.matmul(of.W_enc.T, hidden * mlp.c_in[:prefix, :, None])
-    if mlp.c_gate is not None and of.W_gate is not None:
-        through += torch.matmul(of.W_gate.T, hidden * mlp.c_gate[:prefix, :, None])
-    return through

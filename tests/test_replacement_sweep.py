@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from replacement import contributions, sweep
+from replacement import columns, contributions, sweep
 from replacement.contributions import LinearEngine
 from tests.tiny import FAMILIES, PROMPT
 
 SHORTCUTS = {
     "few keys at once": [(sweep, "KEYS", 3)],
-    "one matrix": [(sweep, "FEW", 10_000)],
-    "a matrix a position": [(sweep, "FEW", 0)],
-    "a column a target": [(contributions, "COLUMNS", 1)],
+    "one matrix": [(columns, "FEW", 10_000)],
+    "a matrix a position": [(columns, "FEW", 0)],
+    "a column a target": [(columns, "COLUMNS", 1)],
     "no table": [(sweep, "TABLE_BYTES", 0)],
     "vectors gathered": [(contributions, "KEPT_BYTES", 0)],
     "neither": [(sweep, "TABLE_BYTES", 0), (contributions, "KEPT_BYTES", 0)],

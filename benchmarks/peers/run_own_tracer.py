@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from circuits import attribute
 from graphs import AttributionGraph, NodeKind
-from replacement import ReplacementModel, contributions
+from replacement import ReplacementModel, columns
 
 
 def load(options: argparse.Namespace) -> ReplacementModel:
@@ -53,7 +53,7 @@ def products(model: ReplacementModel, tokens: torch.Tensor, options: argparse.Na
         return 2 * math.prod(a) * b[-1]
 
     in_place = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), of_product)
-    contributions.COLUMNS = 1
+    columns.COLUMNS = 1
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         trace(model, tokens, options)
     return counter.get_total_flops() / 2
