@@ -57,15 +57,20 @@ def test_a_pair_is_compared_in_one_command(place: Path, tmp_path: Path, capsys) 
     assert crosscoder.kind == "crosscoder" and crosscoder.activation.name == "batchtopk"  # type: ignore[attr-defined]
     stored = json.loads((out / "diff.json").read_text())
     assert all(stored[name] == found[name] for name in stored)
-    novelty = [one["novelty"] for one in found["tuned_only"]]
-    assert novelty == sorted(novelty, reverse=True) and all(one["fires_on"] for one in found["tuned_only"])
+    shares, parts = [one["share"] for one in found["differing"]], found["divergence"]
+    assert len(shares) == 4 and shares == sorted(shares, reverse=True) and shares[0] > 0
+    assert all(one["fires_on"] for one in found["differing"])
+    assert all(one["kind"] == "tuned only" for one in found["tuned_only"])
+    assert sum(parts[name] for name in ("features", "bias", "error", "residual")) == pytest.approx(parts["total"])
+    assert abs(parts["residual"]) < 0.05 * parts["total"]
     again = command(place, tmp_path / "again", "--crosscoder", str(out / "crosscoder"), "--json")
     assert main(again) == 0
     second = json.loads(capsys.readouterr().out)
-    assert all(second[name] == found[name] for name in ("counts", "tuned_only", "base_only", "site", "l0"))
+    assert all(second[name] == found[name] for name in ("counts", "differing", "tuned_only", "site", "l0"))
     assert main(again[:-1]) == 0
     said = capsys.readouterr().out
-    assert "Only the tuned model writes this" in said and "shared" in said and str(tmp_path / "again") in said
+    assert "What makes their predictions differ" in said and "Only the tuned model writes this" in said
+    assert "shared" in said and str(tmp_path / "again") in said
 
 
 def test_models_that_cannot_be_compared_are_refused(place: Path, tmp_path: Path, capsys) -> None:
