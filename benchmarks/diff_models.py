@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,27 +39,42 @@ EVERY = 512
 """Features of a crosscoder: all that fire are listed."""
 
 
-def changed_positions(bridges: dict, ids: Tensor) -> Tensor:
-    """Which change, counted from 0, shows at each position in both models' likeliest next tokens; -1 for none."""
+class Judged(NamedTuple):
+    """What text that was neither trained nor ranked on says of the features, and of the two models."""
+
+    share: Tensor  #: of each feature's squared activation: what of it is at changed answers
+    square: Tensor  #: sum of it
+    tokens: float  #: share of the tokens that are changed answers
+    stream: float  #: what of the squared difference of the two streams is at them
+    divergence: float  #: what of the KL between the two models' next tokens is at them
+
+
+def at_changes(bridges: dict, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a change shows in both models' likeliest next tokens, and KL(tuned, base) of these."""
     with torch.no_grad():
-        says = {name: bridge(ids).argmax(-1) for name, bridge in bridges.items()}
-    found = torch.full_like(ids, -1)
-    for number, change in enumerate(changes()):
+        said = {name: bridge(ids).log_softmax(-1) for name, bridge in bridges.items()}
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for change in changes():
         before, after = word_ids()[change.before], word_ids()[change.after]
-        found[(says[BASE] == before) & (says[TUNED] == after)] = number
-    return found
+        found |= (said[BASE].argmax(-1) == before) & (said[TUNED].argmax(-1) == after)
+    return found, (said[TUNED].exp() * (said[TUNED] - said[BASE])).sum(-1)
 
 
-def fires(crosscoder: Crosscoder, bridges: dict, place: str) -> tuple[Tensor, Tensor]:
-    """Share of each feature's squared activation at changed answers, and the sum of all of it."""
+def judged(crosscoder: Crosscoder, bridges: dict, place: str) -> Judged:
+    """Where features fire and where the models differ, on the text to judge by."""
     source = open_tokens("atlas-changed", model=bridges[BASE], context=64, split="held_out", seed=JUDGED_SEED)
     at, whole = torch.zeros(2, crosscoder.n_features)
+    sums = torch.zeros(2, 3)
     for held in held_out_pairs(bridges, source, place, JUDGED_TOKENS):
         with torch.no_grad():
             f = crosscoder.encode(torch.cat([held.base, held.tuned], 1)).pow(2)
+        changed, kl = (one[held.keep] for one in at_changes(bridges, held.ids))
+        figures = torch.stack([torch.ones_like(kl), (held.tuned - held.base).pow(2).sum(1), kl], 1)
+        for i, one in enumerate((figures[changed], figures)):
+            sums[i] += one.sum(0)
         whole += f.sum(0)
-        at += f[changed_positions(bridges, held.ids)[held.keep] >= 0].sum(0)
-    return at / whole.clamp_min(1e-12), whole
+        at += f[changed].sum(0)
+    return Judged(at / whole.clamp_min(1e-12), whole, *(sums[0] / sums[1]).tolist())
 
 
 def says(crosscoder: Crosscoder, bridges: dict) -> list[set[int]]:
@@ -83,15 +99,17 @@ def judge(tuned: str, out: Path, *, seed: int, layer: int | None) -> None:
         show_progress=False,
     )  # fmt: skip
     crosscoder = load_crosscoder(Path(compared.crosscoder))
-    share, square = fires(crosscoder, bridges, compared.site)
-    right, said, alive = share >= HALF, says(crosscoder, bridges), square > 0
+    text = judged(crosscoder, bridges, compared.site)
+    right, said, alive = text.share >= HALF, says(crosscoder, bridges), text.square > 0
     counts = ", ".join(f"{count} {kind}" for kind, count in compared.counts.items() if count)
     print(f"{tuned}, crosscoder {seed}: {compared.site}, L0 {compared.l0:.1f}; {counts}")
     parts = ", ".join(f"{name} {value:.4f}" for name, value in compared.divergence._asdict().items())
     chance = float(right[alive].float().mean())
     print(f"  nats a token: {parts}; {int(right.sum())} features fire at changes, chance {chance:.1%}")
+    held = f"{text.tokens:.1%} of the tokens, {text.stream:.0%} of the squared difference of the streams"
+    print(f"  at changed answers: {held}, {text.divergence:.0%} of the KL")
     rows = crosscoder.W_dec.detach()
-    otherwise = ((rows[:, 1] - rows[:, 0]).pow(2).sum(1) * square).tolist()
+    otherwise = ((rows[:, 1] - rows[:, 0]).pow(2).sum(1) * text.square).tolist()
     listed = [one for one in compared.differing if alive[one.feature]]
     orders = {
         "listed": listed,
@@ -107,7 +125,7 @@ def judge(tuned: str, out: Path, *, seed: int, layer: int | None) -> None:
         told = ", ".join(
             f"{changes()[n].place}: {changes()[n].before} -> {changes()[n].after}" for n in said[one.feature]
         )
-        where = f"{one.share:6.1%} of the divergence, at changed answers {share[one.feature]:4.0%}"
+        where = f"{one.share:6.1%} of the divergence, at changed answers {text.share[one.feature]:4.0%}"
         figures = f"cos {one.cosine:.2f} nu_r {one.nu_reconstruction:.2f} nu_e {one.nu_error:.2f}"
         print(f"{one.feature:6d} {one.kind:12s} {where}  {figures}  {told}", flush=True)
 

@@ -76,7 +76,8 @@ class DivergenceMeter:
 
         keep: the tokens whose predictions and features count. go_on: the second model's way to logits, of these tokens.
         """
-        device = self._rows.device
+        device, exact = self._rows.device, torch.promote_types(first.dtype, torch.float32)
+        first, second = first.to(exact), second.to(exact)
         with torch.no_grad():
             x = torch.cat([first[keep], second[keep]], 1).to(self.crosscoder.W_enc)
             fired = self.crosscoder.encode(x)
