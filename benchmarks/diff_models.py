@@ -8,8 +8,8 @@ Two criteria, the first beside its chance, the share of all features that fire w
   a change, and of its tuned row's three, one is the new answer of that change.
 
 How many of the first features of the list fire so, and how many changes they say; beside them the same features ordered
-by relative norm, and by how much they write otherwise (mean square of what a feature adds to the difference of the two
-streams). Every pair of models is compared by several crosscoders.
+by all of their share of the divergence, by relative norm, and by how much they write otherwise (mean square of what a
+feature adds to the difference of the two streams). Every pair of models is compared by several crosscoders.
 
     for seed in 0 1 2; do python -m replacement.pretrained.recipe finetune --seed $seed --out runs/tuned-$seed; done
     python benchmarks/diff_models.py --tuned runs/tuned-* --out runs/diff --seeds 0 1
@@ -113,6 +113,7 @@ def judge(tuned: str, out: Path, *, seed: int, layer: int | None) -> None:
     listed = [one for one in compared.differing if alive[one.feature]]
     orders = {
         "listed": listed,
+        "by share of the divergence": sorted(listed, key=lambda one: -one.share),
         "by what they write otherwise": sorted(listed, key=lambda one: -otherwise[one.feature]),
         "by relative norm": sorted(listed, key=lambda one: -one.relative_norm),
     }
@@ -122,12 +123,12 @@ def judge(tuned: str, out: Path, *, seed: int, layer: int | None) -> None:
         told = "  ".join(f"{len(set().union(*(said[i] for i in some)))} of {len(changes())}" for some in firsts)
         print(f"  {name:28s}  fire at changes: {hits}   changes said: {told}")
     for one in listed[: AT[2]]:
-        told = ", ".join(
-            f"{changes()[n].place}: {changes()[n].before} -> {changes()[n].after}" for n in said[one.feature]
-        )
-        where = f"{one.share:6.1%} of the divergence, at changed answers {text.share[one.feature]:4.0%}"
+        about = [changes()[n] for n in sorted(said[one.feature])]
+        told = ", ".join(f"{change.place}: {change.before} -> {change.after}" for change in about)
+        where = f"{one.share:6.1%} of the divergence, {one.own_share:5.1%} own"
         figures = f"cos {one.cosine:.2f} nu_r {one.nu_reconstruction:.2f} nu_e {one.nu_error:.2f}"
-        print(f"{one.feature:6d} {one.kind:12s} {where}  {figures}  {told}", flush=True)
+        fires = f"at changed answers {text.share[one.feature]:4.0%}"
+        print(f"{one.feature:6d} {one.kind:12s} {where}, {fires}  {figures}  {told}", flush=True)
 
 
 def main() -> None:

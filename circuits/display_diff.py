@@ -55,7 +55,7 @@ def show_comparison(compared: Comparison, *, written: Path, took: str) -> None:
 def _parts(found: Parts) -> str:
     shares = {"features": found.features, "biases": found.bias, "what the crosscoder missed": found.error}
     said = ", ".join(f"{name} {value / found.total if found.total else 0.0:.0%}" for name, value in shares.items())
-    return f"KL {found.total:.3g} nats a token: {said}; the largest share first"
+    return f"KL {found.total:.3g} nats a token: {said}; the largest own share first, share (1 - largest nu)"
 
 
 def _confirmed(compared: Comparison, kind: Kind) -> str:
@@ -78,7 +78,7 @@ def _counts(compared: Comparison) -> Table:
 
 
 def _features(features: Sequence[Feature]) -> Table:
-    heads = ("", "share", "kind", "norm", "cos", "nu_r", "nu_e", "fires", "base says", "tuned says", "most at")
+    heads = ("", "share", "own", "kind", "norm", "cos", "nu_r", "nu_e", "fires", "base says", "tuned says", "most at")
     grid = _table(heads)
     for one in features:
         figures = (f"{x:.2f}" for x in (one.relative_norm, one.cosine, one.nu_reconstruction, one.nu_error))

@@ -31,6 +31,7 @@ from replacement.training.run import run
 BASE, TUNED = "base", "tuned"
 _STREAM = "hook_resid_post"
 _DOCUMENTS = 32
+_TINY = 1e-30
 _AT_ONCE = 8
 """Documents whose gradients are taken together: their logits are what memory goes to."""
 _WORDS, _CONTEXT = 5, 8
@@ -50,6 +51,7 @@ class Feature(NamedTuple):
     feature: int
     kind: str
     share: float  #: of the divergence between the two models' predictions
+    own_share: float  #: what of it comes of a direction that one model alone has
     relative_norm: float
     cosine: float
     nu_reconstruction: float  #: of the tuned model's direction; of the base model's for what is base only
@@ -83,7 +85,7 @@ class Comparison(NamedTuple):
     counts: dict[str, int]  #: features by kind
     confirmed: dict[str, int]  #: those of them whose direction latent scaling finds in no other model
     divergence: Parts
-    differing: tuple[Feature, ...]  #: of all kinds, the largest share of the divergence first
+    differing: tuple[Feature, ...]  #: of all kinds, the largest own share of the divergence first
     tuned_only: tuple[Feature, ...]  #: of this kind, in the same order
     base_only: tuple[Feature, ...]
     layers: tuple[LayerDifference, ...]
@@ -117,6 +119,18 @@ class Measures(NamedTuple):
     divergence: Divergence
 
     @property
+    def own(self) -> Float[Tensor, " n_features"]:
+        """What lists are ordered by: parts of the divergence that come of directions which one model alone has.
+
+        `part * (1 - max(nu_r, nu_e))`, nu cut to [0, 1] and of the model whose the feature is: a row that is a little
+        different in the two models moves predictions too, but latent scaling finds its direction in both.
+        """
+        found = self.scaling
+        of_base = torch.tensor([kind is Kind.BASE_ONLY for kind in found.kinds])
+        nu = torch.where(of_base, torch.maximum(*found.of_base), torch.maximum(*found.of_tuned)).clamp(0, 1)
+        return torch.where(found.rate > 0, self.divergence.features * (1 - nu), 0.0)
+
+    @property
     def confirmed(self) -> dict[str, int]:
         """How many features of each kind have a direction that one model alone has."""
         own = {tuned: self.scaling.is_specific(tuned=tuned).tolist() for tuned in (True, False)}
@@ -124,10 +138,9 @@ class Measures(NamedTuple):
         return {str(kind): found[kind] for kind in Kind}
 
     def order(self, *kinds: Kind) -> list[int]:
-        """Features of these kinds, of all but the dead if none is named; the largest part of the divergence first."""
+        """Features of these kinds, of all but the dead if none is named; the largest own part first."""
         wanted, found = kinds or tuple(set(Kind) - {Kind.DEAD}), self.scaling.kinds
-        by_part = self.divergence.features.argsort(descending=True, stable=True).tolist()
-        return [i for i in by_part if found[i] in wanted]
+        return [i for i in self.own.argsort(descending=True, stable=True).tolist() if found[i] in wanted]
 
 
 def diff_models(
@@ -177,21 +190,27 @@ def diff_models(
     found = load_crosscoder(crosscoder)
     place = found.parts[0].partition(":")[2]
     measured = measure(found, bridges, source, place, held_out)
-    counts = Counter(measured.scaling.kinds)
-    parts = measured.divergence
     return Comparison(
         *names,
         data=data,
         site=place,
-        counts={str(kind): counts[kind] for kind in Kind},
-        confirmed=measured.confirmed,
-        divergence=Parts(parts.total, float(parts.features.sum()), parts.bias, parts.error, parts.residual),
+        **_figures(measured),
         **_lists(found, measured, bridges, held_out_pairs(bridges, source, place, held_out), top),
         layers=layers,
-        tokens=parts.tokens,
-        l0=float(measured.scaling.rate.sum()),
         crosscoder=str(crosscoder),
     )
+
+
+def _figures(measured: Measures) -> dict[str, Any]:
+    """The fields of a comparison that are about all features together."""
+    counts, parts = Counter(measured.scaling.kinds), measured.divergence
+    return {
+        "counts": {str(kind): counts[kind] for kind in Kind},
+        "confirmed": measured.confirmed,
+        "divergence": Parts(parts.total, float(parts.features.sum()), parts.bias, parts.error, parts.residual),
+        "tokens": parts.tokens,
+        "l0": float(measured.scaling.rate.sum()),
+    }
 
 
 def _lists(
@@ -321,7 +340,8 @@ class _Words:
         return Feature(
             feature,
             str(kind),
-            float(parts.features[feature]) / parts.total if parts.total else 0.0,
+            float(parts.features[feature]) / max(parts.total, _TINY),
+            float(found.own[feature]) / max(parts.total, _TINY),
             float(scaling.relative_norm[feature]),
             float(scaling.cosine[feature]),
             float(nu.reconstruction[feature]),

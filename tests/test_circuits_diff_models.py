@@ -57,9 +57,11 @@ def test_a_pair_is_compared_in_one_command(place: Path, tmp_path: Path, capsys) 
     assert crosscoder.kind == "crosscoder" and crosscoder.activation.name == "batchtopk"  # type: ignore[attr-defined]
     stored = json.loads((out / "diff.json").read_text())
     assert all(stored[name] == found[name] for name in stored)
-    shares, parts = [one["share"] for one in found["differing"]], found["divergence"]
+    shares, parts = [one["own_share"] for one in found["differing"]], found["divergence"]
     assert len(shares) == 4 and shares == sorted(shares, reverse=True) and shares[0] > 0
-    assert all(one["fires_on"] for one in found["differing"])
+    for one in found["differing"]:
+        nu = max(0, min(1, max(one["nu_reconstruction"], one["nu_error"])))
+        assert one["fires_on"] and one["own_share"] == pytest.approx(one["share"] * (1 - nu))
     assert all(one["kind"] == "tuned only" for one in found["tuned_only"])
     assert sum(parts[name] for name in ("features", "bias", "error", "residual")) == pytest.approx(parts["total"])
     assert abs(parts["residual"]) < 0.05 * parts["total"]
