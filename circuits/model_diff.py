@@ -191,7 +191,8 @@ def diff_models(
     place = found.parts[0].partition(":")[2]
     measured = measure(found, bridges, source, place, held_out)
     return Comparison(
-        *names,
+        base=names[0],
+        tuned=names[1],
         data=data,
         site=place,
         **_figures(measured),
