@@ -275,9 +275,11 @@ def measure(
     if crosscoder.d_out != width:
         raise InputError(f"diff-models: the crosscoder reads width {crosscoder.d_out}, the models have {width}")
     scaling, divergence = LatentScaling(crosscoder), DivergenceMeter(crosscoder)
+    device = next(bridges[TUNED].parameters()).device
     for held in held_out_pairs(bridges, source, place, tokens):
         scaling.add(held.base, held.tuned)
-        for x, y, ids, keep in zip(*(one.split(_AT_ONCE) for one in (*held.streams, held.ids, held.keep)), strict=True):
+        for parts in zip(*(one.split(_AT_ONCE) for one in (*held.streams, held.keep, held.ids)), strict=True):
+            x, y, keep, ids = (one.to(device) for one in parts)
             divergence.add(x, y, keep, _from(bridges[TUNED], place, ids))
     return Measures(scaling.result(), divergence.result())
 
@@ -289,7 +291,7 @@ def _from(bridge: Any, place: str, ids: Int[Tensor, "documents pos"]) -> GoOn:
         hooks = [(place, lambda tensor, hook: x.to(tensor).reshape(tensor.shape))]
         with warnings.catch_warnings():  # the bridge warns that edited values round differently; that is meant here
             warnings.simplefilter("ignore", UserWarning)
-            return bridge.run_with_hooks(ids.to(next(bridge.parameters()).device), fwd_hooks=hooks).to(x.device)
+            return bridge.run_with_hooks(ids, fwd_hooks=hooks)
 
     return logits
 
