@@ -17,7 +17,7 @@ from replacement.evaluation.model_diff import ALIKE, ONLY, SHARED, SPECIFIC_ERRO
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from circuits.model_diff import Comparison, Feature, LayerDifference
+    from circuits.model_diff import Comparison, Feature, LayerDifference, Parts
 
 _MEANING = {
     Kind.SHARED: f"relative norm {SHARED[0]} to {SHARED[1]}, cosine of the two rows {ALIKE} or more",
@@ -33,7 +33,7 @@ SHOWN = 2
 
 
 def show_comparison(compared: Comparison, *, written: Path, took: str) -> None:
-    """Print what two models share, and what only one of them has."""
+    """Print what two models share, what only one of them has, and what makes them predict other tokens."""
     head = Text(f"{compared.base} and {compared.tuned}", TITLE)
     about = f"{compared.tokens:,} held-out tokens of {compared.data}, at {compared.site}, L0 {compared.l0:.1f}"
     parts: list[RenderableType] = [
@@ -41,17 +41,26 @@ def show_comparison(compared: Comparison, *, written: Path, took: str) -> None:
         _section("Where the two residual streams differ", _layers(compared.layers)),
         _section("Features", _counts(compared)),
     ]
-    for title, which, features in (
-        ("Only the tuned model writes this", "tuned", compared.tuned_only),
-        ("Only the base model writes this", "base", compared.base_only),
+    for title, kind, features in (
+        ("What makes their predictions differ", None, compared.differing),
+        ("Only the tuned model writes this", Kind.TUNED_ONLY, compared.tuned_only),
+        ("Only the base model writes this", Kind.BASE_ONLY, compared.base_only),
     ):
-        note = (
-            f"rewritten and {which} only, most of what the other lacks first; {compared.confirmed[which]} of all have "
-            f"nu_r < {SPECIFIC_RECONSTRUCTION} and nu_e < {SPECIFIC_ERROR} (*)"
-        )
+        note = _parts(compared.divergence) if kind is None else _confirmed(compared, kind)
         parts.append(_section(title, _features(features) if features else Text("nothing", FAINT), note))
     closing = [Text(f"written: {written} and {compared.crosscoder}", FAINT), Text(took, FAINT)]
     emit(Group(*(Padding(part, (0, 0, 1, 0), expand=False) for part in parts), *closing))
+
+
+def _parts(found: Parts) -> str:
+    shares = {"features": found.features, "biases": found.bias, "what the crosscoder missed": found.error}
+    said = ", ".join(f"{name} {value / found.total if found.total else 0.0:.0%}" for name, value in shares.items())
+    return f"KL {found.total:.3g} nats a token: {said}; the largest own share first, share (1 - largest nu)"
+
+
+def _confirmed(compared: Comparison, kind: Kind) -> str:
+    own = f"{compared.confirmed[kind]} of {compared.counts[kind]}"
+    return f"{own} have nu_r < {SPECIFIC_RECONSTRUCTION} and nu_e < {SPECIFIC_ERROR} (*)"
 
 
 def _layers(layers: Sequence[LayerDifference]) -> Table:
@@ -69,12 +78,15 @@ def _counts(compared: Comparison) -> Table:
 
 
 def _features(features: Sequence[Feature]) -> Table:
-    grid = _table(("", "norm", "cos", "nu_r", "nu_e", "fires", "base says", "tuned says", "most at"))
+    heads = ("", "share", "own", "kind", "norm", "cos", "nu_r", "nu_e", "fires", "base says", "tuned says", "most at")
+    grid = _table(heads)
     for one in features:
         figures = (f"{x:.2f}" for x in (one.relative_norm, one.cosine, one.nu_reconstruction, one.nu_error))
         says = (", ".join(tokens[:SHOWN]) for tokens in (one.promotes_base, one.promotes_tuned))
         name = Text(f"{one.feature}{'*' if one.confirmed else ''}", FEATURE)
-        grid.add_row(name, *figures, f"{one.rate:.2%}", *says, Text(f"… {one.example}", FAINT))
+        grid.add_row(
+            name, f"{one.share:.1%}", one.kind, *figures, f"{one.rate:.2%}", *says, Text(f"… {one.example}", FAINT)
+        )
     return grid
 
 

@@ -1,23 +1,26 @@
 """Two models compared feature by feature: a crosscoder trained on both, its figures, and words for what differs.
 
-Knows the order of things and how features are put into words; the measures are `replacement.evaluation.model_diff`'s.
+Knows the order of things and how features are put into words; the measures are `replacement.evaluation`'s `model_diff`
+(whose a feature is) and `divergence` (what it does to the predictions, by which features are listed).
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from replacement import formats
 from replacement.crosscoder import Crosscoder
 from replacement.errors import InputError
-from replacement.evaluation.model_diff import Kind, LatentScaling, ModelDiff, exclusive
+from replacement.evaluation.divergence import Divergence, DivergenceMeter, GoOn
+from replacement.evaluation.model_diff import Kind, LatentScaling, ModelDiff
 from replacement.sites import hook_name, read_weights
 from replacement.training.config import TrainingConfig
 from replacement.training.data import BridgeActivations, TokenSource, open_tokens
@@ -28,6 +31,9 @@ from replacement.training.run import run
 BASE, TUNED = "base", "tuned"
 _STREAM = "hook_resid_post"
 _DOCUMENTS = 32
+_TINY = 1e-30
+_AT_ONCE = 8
+"""Documents whose gradients are taken together: their logits are what memory goes to."""
 _WORDS, _CONTEXT = 5, 8
 
 
@@ -40,22 +46,33 @@ class LayerDifference(NamedTuple):
 
 
 class Feature(NamedTuple):
-    """One feature that writes in one model what the other lacks."""
+    """One feature of a list."""
 
     feature: int
     kind: str
+    share: float  #: of the divergence between the two models' predictions
+    own_share: float  #: what of it comes of a direction that one model alone has
     relative_norm: float
     cosine: float
-    nu_reconstruction: float  #: of this model's direction
+    nu_reconstruction: float  #: of the tuned model's direction; of the base model's for what is base only
     nu_error: float
     confirmed: bool  #: both nu are below their thresholds
-    novelty: float
     rate: float  #: share of the held-out tokens at which it fires
     peak: float
     fires_on: tuple[str, ...]  #: tokens that hold most of its activation
     example: str  #: the end of the text at which it fires most
     promotes_base: tuple[str, ...]  #: tokens that its base row raises by the direct path to the logits
     promotes_tuned: tuple[str, ...]
+
+
+class Parts(NamedTuple):
+    """How far apart the two models' predictions are, in nats a token, and where that comes from: see `Divergence`."""
+
+    total: float  #: KL of what the tuned model says from what it says when it goes on from the base model's stream
+    features: float
+    bias: float
+    error: float
+    residual: float
 
 
 class Comparison(NamedTuple):
@@ -66,8 +83,10 @@ class Comparison(NamedTuple):
     data: str
     site: str
     counts: dict[str, int]  #: features by kind
-    confirmed: dict[str, int]  #: of the lists below before they are cut: how many latent scaling confirms
-    tuned_only: tuple[Feature, ...]  #: largest novelty first; with the rewritten ones
+    confirmed: dict[str, int]  #: those of them whose direction latent scaling finds in no other model
+    divergence: Parts
+    differing: tuple[Feature, ...]  #: of all kinds, the largest own share of the divergence first
+    tuned_only: tuple[Feature, ...]  #: of this kind, in the same order
     base_only: tuple[Feature, ...]
     layers: tuple[LayerDifference, ...]
     tokens: int  #: held-out tokens measured on
@@ -76,12 +95,52 @@ class Comparison(NamedTuple):
 
 
 class Held(NamedTuple):
-    """One batch of held-out text in both models, start tokens left out."""
+    """One batch of held-out text in both models."""
 
-    base: Float[Tensor, "tokens d_model"]
-    tuned: Float[Tensor, "tokens d_model"]
-    ids: Int[Tensor, "documents pos"]  #: all tokens of the batch
-    where: Int[Tensor, " tokens"]  #: index of each row in `ids`, flattened
+    streams: tuple[Float[Tensor, "documents pos d_model"], Float[Tensor, "documents pos d_model"]]  #: base, tuned
+    ids: Int[Tensor, "documents pos"]
+    keep: Bool[Tensor, "documents pos"]  #: all but start tokens
+
+    @property
+    def base(self) -> Float[Tensor, "tokens d_model"]:
+        """The base model's activations at the tokens that are kept."""
+        return self.streams[0][self.keep]
+
+    @property
+    def tuned(self) -> Float[Tensor, "tokens d_model"]:
+        """The tuned model's."""
+        return self.streams[1][self.keep]
+
+
+class Measures(NamedTuple):
+    """What held-out text says of every feature."""
+
+    scaling: ModelDiff
+    divergence: Divergence
+
+    @property
+    def own(self) -> Float[Tensor, " n_features"]:
+        """What lists are ordered by: parts of the divergence that come of directions which one model alone has.
+
+        `part * (1 - max(nu_r, nu_e))`, nu cut to [0, 1] and of the model whose the feature is: a row that is a little
+        different in the two models moves predictions too, but latent scaling finds its direction in both.
+        """
+        found = self.scaling
+        of_base = torch.tensor([kind is Kind.BASE_ONLY for kind in found.kinds])
+        nu = torch.where(of_base, torch.maximum(*found.of_base), torch.maximum(*found.of_tuned)).clamp(0, 1)
+        return torch.where(found.rate > 0, self.divergence.features * (1 - nu), 0.0)
+
+    @property
+    def confirmed(self) -> dict[str, int]:
+        """How many features of each kind have a direction that one model alone has."""
+        own = {tuned: self.scaling.is_specific(tuned=tuned).tolist() for tuned in (True, False)}
+        found = Counter(kind for i, kind in enumerate(self.scaling.kinds) if own[kind is not Kind.BASE_ONLY][i])
+        return {str(kind): found[kind] for kind in Kind}
+
+    def order(self, *kinds: Kind) -> list[int]:
+        """Features of these kinds, of all but the dead if none is named; the largest own part first."""
+        wanted, found = kinds or tuple(set(Kind) - {Kind.DEAD}), self.scaling.kinds
+        return [i for i in self.own.argsort(descending=True, stable=True).tolist() if found[i] in wanted]
 
 
 def diff_models(
@@ -131,35 +190,40 @@ def diff_models(
     found = load_crosscoder(crosscoder)
     place = found.parts[0].partition(":")[2]
     measured = measure(found, bridges, source, place, held_out)
-    counts = Counter(measured.kinds)
     return Comparison(
-        *names,
+        base=names[0],
+        tuned=names[1],
         data=data,
         site=place,
-        counts={str(kind): counts[kind] for kind in Kind},
+        **_figures(measured),
         **_lists(found, measured, bridges, held_out_pairs(bridges, source, place, held_out), top),
         layers=layers,
-        tokens=measured.tokens,
-        l0=float(measured.rate.sum()),
         crosscoder=str(crosscoder),
     )
 
 
+def _figures(measured: Measures) -> dict[str, Any]:
+    """The fields of a comparison that are about all features together."""
+    counts, parts = Counter(measured.scaling.kinds), measured.divergence
+    return {
+        "counts": {str(kind): counts[kind] for kind in Kind},
+        "confirmed": measured.confirmed,
+        "divergence": Parts(parts.total, float(parts.features.sum()), parts.bias, parts.error, parts.residual),
+        "tokens": parts.tokens,
+        "l0": float(measured.scaling.rate.sum()),
+    }
+
+
 def _lists(
-    crosscoder: Crosscoder, measured: ModelDiff, bridges: Mapping[str, Any], text: Iterator[Held], top: int
+    crosscoder: Crosscoder, measured: Measures, bridges: Mapping[str, Any], text: Iterator[Held], top: int
 ) -> dict[str, Any]:
-    """The fields of a comparison that are about what only one model writes."""
-    lists = {tuned: exclusive(measured, tuned=tuned) for tuned in (True, False)}
-    listed = {tuned: some[:top].tolist() for tuned, some in lists.items()}
-    words = _Words(crosscoder, bridges, sorted({*listed[True], *listed[False]}))
+    """The lists of a comparison."""
+    kinds = {"differing": (), "tuned_only": (Kind.TUNED_ONLY,), "base_only": (Kind.BASE_ONLY,)}
+    lists = {name: measured.order(*some)[:top] for name, some in kinds.items()}
+    words = _Words(crosscoder, bridges, sorted({i for one in lists.values() for i in one}))
     for held in text:
         words.add(held)
-    sides = ((TUNED, True), (BASE, False))
-    out = {
-        f"{name}_only": tuple(words.feature(i, measured, tuned=tuned) for i in listed[tuned]) for name, tuned in sides
-    }
-    confirmed = {name: int(measured.is_specific(tuned=tuned)[lists[tuned]].sum()) for name, tuned in sides}
-    return {"confirmed": confirmed, **out}
+    return {name: tuple(words.feature(i, measured) for i in one) for name, one in lists.items()}
 
 
 def load_crosscoder(folder: Path) -> Crosscoder:
@@ -188,7 +252,7 @@ def layer_differences(bridges: Mapping[str, Any], ids: Int[Tensor, "documents po
 
 
 def held_out_pairs(bridges: Mapping[str, Any], source: TokenSource, place: str, tokens: int) -> Iterator[Held]:
-    """Both models' activations at the same held-out tokens, so many of them or a few more."""
+    """Both models' activations of the same held-out text, so many tokens of it or a few more."""
     harvests = {
         name: BridgeActivations(one, source, sites=[place], documents=_DOCUMENTS, drop_norm=None)
         for name, one in bridges.items()
@@ -196,22 +260,40 @@ def held_out_pairs(bridges: Mapping[str, Any], source: TokenSource, place: str, 
     done = index = 0
     while done < tokens:
         base, tuned = (harvests[name].harvest(index) for name in (BASE, TUNED))
-        keep = (~base.starts).nonzero()[:, 0]
-        x, y = (one.activations[place].cpu()[keep.cpu()] for one in (base, tuned))
-        yield Held(x, y, source.batch(index, _DOCUMENTS), keep.cpu())
-        done, index = done + len(keep), index + 1
+        ids = source.batch(index, _DOCUMENTS)
+        x, y = (one.activations[place].cpu().unflatten(0, ids.shape) for one in (base, tuned))
+        keep = ~base.starts.cpu().view(ids.shape)
+        yield Held((x, y), ids, keep)
+        done, index = done + int(keep.sum()), index + 1
 
 
 def measure(
     crosscoder: Crosscoder, bridges: Mapping[str, Any], source: TokenSource, place: str, tokens: int
-) -> ModelDiff:
+) -> Measures:
+    """Latent scaling, and each feature's part of the divergence, over so many held-out tokens or a few more."""
     width = int(bridges[BASE].cfg.d_model)
     if crosscoder.d_out != width:
         raise InputError(f"diff-models: the crosscoder reads width {crosscoder.d_out}, the models have {width}")
-    sums = LatentScaling(crosscoder)
+    scaling, divergence = LatentScaling(crosscoder), DivergenceMeter(crosscoder)
+    device = next(bridges[TUNED].parameters()).device
     for held in held_out_pairs(bridges, source, place, tokens):
-        sums.add(held.base, held.tuned)
-    return sums.result()
+        scaling.add(held.base, held.tuned)
+        for parts in zip(*(one.split(_AT_ONCE) for one in (*held.streams, held.keep, held.ids)), strict=True):
+            x, y, keep, ids = (one.to(device) for one in parts)
+            divergence.add(x, y, keep, _from(bridges[TUNED], place, ids))
+    return Measures(scaling.result(), divergence.result())
+
+
+def _from(bridge: Any, place: str, ids: Int[Tensor, "documents pos"]) -> GoOn:
+    """A model's way on from activations at a site to the logits of some documents."""
+
+    def logits(x: Float[Tensor, "documents pos d_model"]) -> Float[Tensor, "documents pos vocab"]:
+        hooks = [(place, lambda tensor, hook: x.to(tensor).reshape(tensor.shape))]
+        with warnings.catch_warnings():  # the bridge warns that edited values round differently; that is meant here
+            warnings.simplefilter("ignore", UserWarning)
+            return bridge.run_with_hooks(ids, fwd_hooks=hooks)
+
+    return logits
 
 
 class _Words:
@@ -241,32 +323,35 @@ class _Words:
         with torch.no_grad():
             x = torch.cat([held.base, held.tuned], 1).to(self.crosscoder.W_enc)
             fired = self.crosscoder.encode(x)[:, self.features]
-        self.mass.index_add_(1, held.ids.flatten()[held.where], fired.T.float())
+        self.mass.index_add_(1, held.ids[held.keep], fired.T.float())
         if not len(self.features):
             return
         peaks = fired.max(0)
         for row, (value, at) in enumerate(zip(peaks.values.tolist(), peaks.indices.tolist(), strict=True)):
             if value > self.best[row][0]:
-                document, pos = divmod(int(held.where[at]), held.ids.shape[1])
+                document, pos = held.keep.nonzero()[at].tolist()
                 shown = held.ids[document, max(1, pos - _CONTEXT + 1) : pos + 1].tolist()
                 self.best[row] = (value, self.bridge.tokenizer.decode(shown).strip())
 
-    def feature(self, feature: int, found: ModelDiff, *, tuned: bool) -> Feature:
-        """One feature's figures and words, of the tuned model's direction or of the base model's."""
-        row = self.place[feature]
-        scaling, mass = found.of_tuned if tuned else found.of_base, self.mass[row]
+    def feature(self, feature: int, found: Measures) -> Feature:
+        """One feature's figures and words."""
+        row, scaling, parts = self.place[feature], found.scaling, found.divergence
+        kind, mass = scaling.kinds[feature], self.mass[row]
+        tuned = kind is not Kind.BASE_ONLY
+        nu = scaling.of_tuned if tuned else scaling.of_base
         most = [i for i in mass.topk(_WORDS).indices.tolist() if mass[i] > 0.02 * mass.sum()]
         return Feature(
             feature,
-            str(found.kinds[feature]),
-            float(found.relative_norm[feature]),
-            float(found.cosine[feature]),
-            float(scaling.reconstruction[feature]),
-            float(scaling.error[feature]),
-            bool(found.is_specific(tuned=tuned)[feature]),
-            float(found.novelty(tuned=tuned)[feature]),
-            float(found.rate[feature]),
-            float(found.peak[feature]),
+            str(kind),
+            float(parts.features[feature]) / max(parts.total, _TINY),
+            float(found.own[feature]) / max(parts.total, _TINY),
+            float(scaling.relative_norm[feature]),
+            float(scaling.cosine[feature]),
+            float(nu.reconstruction[feature]),
+            float(nu.error[feature]),
+            bool(scaling.is_specific(tuned=tuned)[feature]),
+            float(scaling.rate[feature]),
+            float(scaling.peak[feature]),
             self._tokens(most),
             self.best[row][1],
             self.promoted[0][row],

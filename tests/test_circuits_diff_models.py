@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from circuits.cli import main
+from circuits.model_diff import Measures
 from replacement import formats
+from replacement.evaluation.divergence import Divergence
+from replacement.evaluation.model_diff import Kind, ModelDiff, Scaling
 from tests.tiny import save_tiny_model
 
 SMALL = ["--features", "32", "--k", "4", "--tokens", "2560", "--held-out", "300", "--context", "16", "--top", "4"]
@@ -57,15 +60,40 @@ def test_a_pair_is_compared_in_one_command(place: Path, tmp_path: Path, capsys) 
     assert crosscoder.kind == "crosscoder" and crosscoder.activation.name == "batchtopk"  # type: ignore[attr-defined]
     stored = json.loads((out / "diff.json").read_text())
     assert all(stored[name] == found[name] for name in stored)
-    novelty = [one["novelty"] for one in found["tuned_only"]]
-    assert novelty == sorted(novelty, reverse=True) and all(one["fires_on"] for one in found["tuned_only"])
+    shares, parts = [one["own_share"] for one in found["differing"]], found["divergence"]
+    assert len(shares) == 4 and shares == sorted(shares, reverse=True) and shares[0] > 0
+    for one in found["differing"]:
+        nu = max(0, min(1, max(one["nu_reconstruction"], one["nu_error"])))
+        assert one["fires_on"] and one["own_share"] == pytest.approx(one["share"] * (1 - nu))
+    assert all(one["kind"] == "tuned only" for one in found["tuned_only"])
+    assert sum(parts[name] for name in ("features", "bias", "error", "residual")) == pytest.approx(parts["total"])
+    assert abs(parts["residual"]) < 0.05 * parts["total"]
     again = command(place, tmp_path / "again", "--crosscoder", str(out / "crosscoder"), "--json")
     assert main(again) == 0
     second = json.loads(capsys.readouterr().out)
-    assert all(second[name] == found[name] for name in ("counts", "tuned_only", "base_only", "site", "l0"))
+    assert all(second[name] == found[name] for name in ("counts", "differing", "tuned_only", "site", "l0"))
     assert main(again[:-1]) == 0
     said = capsys.readouterr().out
-    assert "Only the tuned model writes this" in said and "shared" in said and str(tmp_path / "again") in said
+    assert "What makes their predictions differ" in said and "Only the tuned model writes this" in said
+    assert "shared" in said and str(tmp_path / "again") in said
+
+
+def test_what_both_models_have_comes_after_what_one_has() -> None:
+    """Parts are discounted by the larger nu of the model whose the feature is; a dead feature is in no list."""
+    nan = float("nan")
+    scaling = ModelDiff(
+        relative_norm=torch.tensor([0.5, 0.5, 0.95, 0.05, 0.5]),
+        cosine=torch.tensor([0.9, 0.3, 0.2, 0.2, 0.1]),
+        of_tuned=Scaling(torch.tensor([0.9, 0.2, -3.0, 9.0, nan]), torch.tensor([0.4, 0.5, 0.0, 9.0, nan])),
+        of_base=Scaling(torch.tensor([0.9, 0.2, 9.0, 0.25, nan]), torch.tensor([0.9, 0.5, 9.0, 0.1, nan])),
+        rate=torch.tensor([0.1, 0.1, 0.1, 0.1, 0.0]),
+        peak=torch.ones(5),
+        tokens=10,
+    )
+    measured = Measures(scaling, Divergence(1.0, torch.tensor([0.4, 0.2, 0.05, 0.08, 0.0]), 0.0, 0.0, 0.0, 10))
+    torch.testing.assert_close(measured.own, torch.tensor([0.04, 0.1, 0.05, 0.06, 0.0]))
+    assert measured.order() == [1, 3, 2, 0] and measured.order(Kind.BASE_ONLY) == [3]
+    assert measured.confirmed == {**dict.fromkeys(map(str, Kind), 0), "tuned only": 1, "base only": 1}
 
 
 def test_models_that_cannot_be_compared_are_refused(place: Path, tmp_path: Path, capsys) -> None:

@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from replacement.crosscoder import Crosscoder
@@ -59,8 +59,6 @@ class ModelDiff(NamedTuple):
     cosine: Float[Tensor, " n_features"]  #: of the two decoder rows
     of_tuned: Scaling  #: directions of the tuned model: near 0 where the base model lacks them
     of_base: Scaling  #: directions of the base model: near 0 where the tuned model lost them
-    excess_tuned: Float[Tensor, " n_features"]  #: mean square that it writes in the tuned model beside its base row
-    excess_base: Float[Tensor, " n_features"]  #: the same of the base model, beside its tuned row
     rate: Float[Tensor, " n_features"]  #: share of the tokens at which it fires
     peak: Float[Tensor, " n_features"]  #: largest activation
     tokens: int
@@ -75,15 +73,6 @@ class ModelDiff(NamedTuple):
         """Whether latent scaling confirms that a model (the tuned one, or the base) alone has a feature's direction."""
         found = self.of_tuned if tuned else self.of_base
         return (found.reconstruction < SPECIFIC_RECONSTRUCTION) & (found.error < SPECIFIC_ERROR)
-
-    def novelty(self, *, tuned: bool = True) -> Float[Tensor, " n_features"]:
-        """How much a feature writes in one model (the tuned one, or the base) that the other lacks: what lists rank by.
-
-        `excess * (1 - max(nu_r, nu_e))`, nu cut to [0, 1]: the mean square of what it writes there beside its row in
-        the other model, as far as latent scaling does not find that direction in the other model after all.
-        """
-        nu = torch.maximum(*(self.of_tuned if tuned else self.of_base)).clamp(0, 1)
-        return torch.where(self.rate > 0, (self.excess_tuned if tuned else self.excess_base) * (1 - nu), 0.0)
 
 
 def kind_of(relative_norm: float, cosine: float) -> Kind:
@@ -172,18 +161,10 @@ class LatentScaling:
             cosine=torch.nn.functional.cosine_similarity(base, tuned, dim=1),
             of_tuned=Scaling(_ratio(reconstruction, 1), _ratio(error, 1)),
             of_base=Scaling(_ratio(reconstruction, 0), _ratio(error, 0)),
-            excess_tuned=_beside(tuned, base) * self._square / self.tokens,
-            excess_base=_beside(base, tuned) * self._square / self.tokens,
             rate=self._fired.double() / self.tokens,
             peak=self._peak,
             tokens=self.tokens,
         )
-
-
-def _beside(rows: Float[Tensor, "n d_out"], other: Float[Tensor, "n d_out"]) -> Float[Tensor, " n"]:
-    """Squared length of each row's part at right angles to the other row."""
-    along = (rows * other).sum(1) / other.pow(2).sum(1).clamp_min(torch.finfo(torch.double).tiny)
-    return (rows - along[:, None] * other).pow(2).sum(1)
 
 
 def _ratio(betas: Float[Tensor, "own model n_features"], own: int) -> Float[Tensor, " n_features"]:
@@ -199,13 +180,3 @@ def diff(
     for base, tuned in pairs:
         sums.add(base, tuned)
     return sums.result()
-
-
-def exclusive(found: ModelDiff, *, tuned: bool = True) -> Int[Tensor, " n"]:
-    """Features that write in one model (the tuned one, or the base) what the other lacks, largest novelty first.
-
-    They are those of that model only and the rewritten ones, whose two rows are one model's each.
-    """
-    wanted = (Kind.REWRITTEN, Kind.TUNED_ONLY if tuned else Kind.BASE_ONLY)
-    members = torch.tensor([i for i, one in enumerate(found.kinds) if one in wanted], dtype=torch.long)
-    return members[found.novelty(tuned=tuned)[members].argsort(descending=True, stable=True)]
