@@ -14,14 +14,12 @@ LAYERS, BATCH = (2, 3), 512
 STATED = {
     "transcoder": (0.059, 0.047, 0.058, 0.046, 0.045),
     "skip_transcoder": (0.048, 0.040, 0.040, 0.036, 0.035),
-    "sae": (0.085, 0.071, 0.099, 0.117, 0.089),
+    "sae": (0.085, 0.071, 0.099, 0.108, 0.089),
     "clt": (0.059, 0.044, 0.054, 0.044, 0.042),
-    "crosscoder": (0.089, 0.076, 0.102, 0.124, 0.093),
-    "causal_crosscoder": (0.066, 0.051, 0.110, 0.075, 0.072),
+    "crosscoder": (0.088, 0.076, 0.102, 0.122, 0.093),
+    "causal_crosscoder": (0.060, 0.050, 0.074, 0.079, 0.060),
 }
 """FVU after 100 steps by kind, in the order of `SPARSITIES`."""
-BAD = ("causal_crosscoder relu", "crosscoder jumprelu")
-"""Rows of the benchmark's table that are worse than a random encoder."""
 MARGIN = 1.15  # other machines round otherwise
 
 
@@ -49,9 +47,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_lowers_fvu_to_the_stated_figure(kind: str, sparsity: str, data: Data) -> None:
-    """On held-out tokens, from 0.7 or more before the first step; a penalty comes near the wanted L0 even in so few."""
+    """On held-out tokens, from 0.65 or more before the first step; a penalty comes near the wanted L0 even in so few."""
     found = measured(quick(kind, sparsity), data)
-    assert found.start > 0.7
+    assert found.start > 0.65
     assert found.l0 == pytest.approx(8, rel=0.2)
     assert found.fvu <= MARGIN * STATED[kind][SPARSITIES.index(sparsity)]
 
@@ -72,15 +70,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 def test_the_stored_table_is_whole_and_within_what_is_wanted() -> None:
-    """Every kind with every sparsity is there, below what needs no training, and at its L0 to within 10 %.
-
-    All but those that are bad and are said to be: whoever mends one takes it out of `BAD`.
-    """
+    """Every kind with every sparsity is there, below what needs no training, and at its L0 to within 10 %."""
     stated = json.loads(RESULTS.read_text())
     assert stated["settings"] == json.loads(json.dumps(SETTINGS))
     least = min(min(one.values()) for one in stated["baselines"].values())
     assert set(stated["baselines"]) == set(BASELINES)
     for name, config in TABLE.items():
         row = stated["rows"][name]
-        assert (row["fvu"] < least) == (name not in BAD), name
+        assert row["fvu"] < least, name
         assert config["sparsity"] not in PENALISED or row["off"] <= 0.1, name

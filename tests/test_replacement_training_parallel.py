@@ -179,7 +179,7 @@ def test_features_start_alike_however_few_are_drawn() -> None:
 
         def rows(own: slice, name: str = name) -> tuple[torch.Tensor, ...]:
             generator = torch.Generator().manual_seed(3)
-            return start(name, x, x, prefixes=(9000,), same=False, own=own, generator=generator)
+            return start(name, x, x, prefixes=(9000,), tied=None, own=own, generator=generator)
 
         assert all(
             torch.equal(a[4000:5000], b) for a, b in zip(rows(slice(0, 9000)), rows(slice(4000, 5000)), strict=True)
@@ -187,8 +187,10 @@ def test_features_start_alike_however_few_are_drawn() -> None:
     drawn = torch.randn(9000, 6, generator=torch.Generator().manual_seed(3))
     direction = torch.nn.functional.normalize(drawn, dim=1)
     generator = torch.Generator().manual_seed(3)
-    found = start("random", x, x, prefixes=(9000,), same=True, own=slice(0, 9000), generator=generator)
+    both = torch.cat([x, x], 1)  # a later site is written too
+    found = start("random", x, both, prefixes=(9000,), tied=0.3, own=slice(0, 9000), generator=generator)
     assert torch.equal(found.W_enc, direction)
+    assert torch.equal(found.W_dec, 0.3 * direction.repeat(1, 2))
 
 
 def test_one_process_shares_with_nobody() -> None:

@@ -63,9 +63,10 @@ class Coder(nn.Module):
         self.plan, self.mesh = plan, mesh
         held = mesh.features.rows_of(config.width)
         self.prefixes = tuple(min(max(0, p - held.start), held.stop - held.start) for p in config.prefixes)
-        self.same = plan.reads == plan.writes
+        self.same = plan.reads == plan.writes[: len(plan.reads)]
         self.dead, self.dead_k, self.dead_after = config.dead, config.dead_k, config.dead_after
         self.scheme = scheme(config, x.shape[1]).to(x.device)
+        self.sparsity = sparsity(config, mesh).to(x.device)
         # clusters are of what a layer's own MLP does; what they are worth to later layers is for training to find
         own = y[:, :1] if plan.across and config.start == "clusters" else y
         rows = start(
@@ -73,12 +74,11 @@ class Coder(nn.Module):
             x,
             own.flatten(1),
             prefixes=(*config.prefixes, config.width) if not self.scheme.shares_rows else (self.scheme.n_rows,),
-            same=self.same,
+            tied=self.sparsity.tied_length if self.same else None,
             own=mesh.features.rows_of(self.scheme.n_rows),
             generator=generator,
         )
         rows = self.scheme.prepare(rows, x, generator)
-        self.sparsity = sparsity(config, mesh).to(x.device)
         self.W_enc = nn.Parameter(rows.W_enc)
         W_dec = y.new_zeros(len(rows.W_dec), *y.shape[1:])
         W_dec[:, : own.shape[1]] = rows.W_dec.unflatten(1, own.shape[1:]) / (shared if own is y else 1)

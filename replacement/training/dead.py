@@ -119,8 +119,8 @@ def resampled(
     """Rows at tokens drawn by their squared error: the decoder along the error, the encoder along the input.
 
     n: dead features of all processes. x, error, living: inputs, what was missed, and encoder rows of the features that
-    fire, as far as this process has them. same: whether the dictionary writes where it reads; then the encoder reads
-    the error's direction. own: which of the n this process holds.
+    fire, as far as this process has them. same: whether the dictionary writes where it reads, and perhaps later;
+    then the encoder reads the error's direction there. own: which of the n this process holds.
     """
     badness = mesh.data.fetched(error.pow(2).sum(1), torch.arange(len(x) * mesh.data.size)).cpu()
     chosen: Int[Tensor, " dead"] = torch.multinomial(badness + 1e-12, n, True, generator=generator)[own]
@@ -128,6 +128,6 @@ def resampled(
     alive, lengths = mesh.features.count(len(living)), mesh.features.total(living.norm(dim=1).sum())
     length = _ENCODER_SHARE * (lengths / alive if alive else x.new_ones(()))
     mean = mesh.data.average(x.mean(0))
-    towards = W_dec if same else F.normalize(mesh.data.fetched(x, chosen) - mean, dim=1)
+    towards = F.normalize(W_dec[:, : x.shape[1]] if same else mesh.data.fetched(x, chosen) - mean, dim=1)
     W_enc = towards * length
     return Fresh(W_enc, 0.1 * length - W_enc @ mean, W_dec)

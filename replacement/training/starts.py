@@ -22,16 +22,18 @@ random rows of a dictionary that does not write where it reads.
 """
 
 
-def _random(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, generator: torch.Generator) -> Detectors:
+def _random(
+    x: Tensor, y: Tensor, sizes: list[int], tied: float | None, own: slice, generator: torch.Generator
+) -> Detectors:
     """Directions drawn at random, from the mean of what is read: what is written has its mean in a bias already.
 
-    A dictionary that writes where it reads starts with its decoder as its encoder.
+    A dictionary that writes where it reads starts with its decoder as its encoder, at later sites too.
     """
     n = sum(sizes)
     rows = torch.nn.functional.normalize(_drawn(n, x.shape[1], own, generator).to(x.device), dim=1)
     bias = -(rows * x.mean(0)).sum(1)  # row by row: the same bits however many rows a process holds
-    if same:
-        return Detectors(rows, bias, rows.clone())
+    if tied is not None:
+        return Detectors(rows, bias, tied * rows.repeat(1, y.shape[1] // x.shape[1]))
     written = torch.nn.functional.normalize(_drawn(n, y.shape[1], own, generator).to(x.device), dim=1)
     return Detectors(rows, bias, _SMALL * written)
 
@@ -45,7 +47,9 @@ def _drawn(n: int, width: int, own: slice, generator: torch.Generator) -> Float[
     return torch.cat(kept)
 
 
-def _samples(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, generator: torch.Generator) -> Detectors:
+def _samples(
+    x: Tensor, y: Tensor, sizes: list[int], tied: float | None, own: slice, generator: torch.Generator
+) -> Detectors:
     """Directions of tokens of the sample from the mean, each writing what its token wrote."""
     chosen = torch.randint(len(x), (sum(sizes),), generator=generator)[own].to(x.device)
     rows = torch.nn.functional.normalize(x[chosen] - x.mean(0), dim=1)
@@ -53,14 +57,16 @@ def _samples(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, gen
     return Detectors(rows, -rows @ x.mean(0), _SMALL * written)
 
 
-def _clusters(x: Tensor, y: Tensor, sizes: list[int], same: bool, own: slice, generator: torch.Generator) -> Detectors:
+def _clusters(
+    x: Tensor, y: Tensor, sizes: list[int], tied: float | None, own: slice, generator: torch.Generator
+) -> Detectors:
     """Detectors of clusters of tokens, coarse to fine by nested prefix; found on the CPU, alike wherever x is."""
     found = cluster_detectors(x.cpu(), y.cpu(), sizes=sizes, generator=generator)
     parts = [torch.cat([each[i] for each in found])[own].to(x.device) for i in range(3)]
     return Detectors(parts[0], parts[1], parts[2] / len(found))
 
 
-_STARTS: dict[str, Callable[[Tensor, Tensor, list[int], bool, slice, torch.Generator], Detectors]] = {
+_STARTS: dict[str, Callable[[Tensor, Tensor, list[int], float | None, slice, torch.Generator], Detectors]] = {
     "random": _random,
     "samples": _samples,
     "clusters": _clusters,
@@ -73,14 +79,15 @@ def start(
     y: Float[Tensor, "tokens d_out"],
     *,
     prefixes: tuple[int, ...],
-    same: bool,
+    tied: float | None,
     own: slice,
     generator: torch.Generator,
 ) -> Detectors:
     """Encoder rows and biases, and decoder rows, to start from.
 
-    prefixes: sizes of the nested dictionaries, the whole one last. same: whether what is written is what is read. own:
-    the features wanted; the generator moves as for all of them.
+    prefixes: sizes of the nested dictionaries, the whole one last. tied: where what is written is what is read, the
+    length of random decoder rows that start as their encoder rows. own: the features wanted; the generator moves as for
+    all of them.
     """
     sizes = [b - a for a, b in pairwise((0, *prefixes))]
-    return _STARTS[name](x, y, sizes, same, own, generator)
+    return _STARTS[name](x, y, sizes, tied, own, generator)

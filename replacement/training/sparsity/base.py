@@ -69,6 +69,8 @@ class Sparsity(nn.Module, abc.ABC):
     with an axis have one number a feature held; those without are the same in all processes.
     """
 
+    tied_length = 1.0  # of decoder rows that start as their encoder rows
+
     def __init__(self, config: TrainingConfig, mesh: Mesh) -> None:
         super().__init__()
         self.k, self.mesh = config.k_of(0, 1), mesh

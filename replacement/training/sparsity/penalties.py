@@ -51,6 +51,7 @@ class JumpReLUSparsity(Penalised):
     """
 
     threshold: nn.Parameter  # [n_features], float32, learned as it is: its logarithm hardly moves under Adam
+    tied_length = 0.3  # tanh is flat where a |d| is large, and its weight ran away before rows had become short
 
     def __init__(self, config: TrainingConfig, mesh: Mesh) -> None:
         super().__init__(config, mesh)
