@@ -1,12 +1,12 @@
 """Is a cross-layer transcoder better than per-layer transcoders of as many parameters?
 
-    python benchmarks/clt.py --work DIR [--seeds 0 1 2] [--features 808 704 616 560 560 680] [--bridging 300]
+    python benchmarks/clt.py --work DIR [--seeds 0 1 2] [--floor 0.2]
 
 For each seed both sets are trained for atlas by its recipe (about 15 CPU-minutes a set; kept in DIR, where a stopped
 run goes on), then compared on documents that no training used: top-1 agreement and KL of the model with all MLPs
 replaced, and mean replacement and completeness scores over 100 prompts. Prints a row a set and seed, and the difference
-of each pair. --features gives the cross-layer transcoder's layers widths of their own, of as many parameters in all;
---bridging ends both sets with so many steps in which half of the MLPs, drawn anew each step, are the model's own.
+of each pair. `L0` is how many features fire at a token, the mean over layers. --floor trains the transcoders with
+another floor under activations than their recipe's: the lower it is, the more features fire.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from replacement.evaluation import evaluate_replacement
 from replacement.loading import load_bridge
 from replacement.pretrained import directory
 from replacement.pretrained.recipe.dictionaries import RECIPES, Recipe, load_model, make
+from replacement.pretrained.recipe.mlps import ReplaceableLlama
 from replacement.pretrained.recipe.quality import held_out, replaced_logits
 from replacement.substitution import Ablation
-from replacement.training import EndToEndConfig
-from replacement.training.kinds import MLP_OUT, hook
+from replacement.training.kinds import MLP_IN, MLP_OUT, hook
 
 SETS = ("transcoders", "clt")
 
@@ -43,6 +43,7 @@ class Row(NamedTuple):
     kl: float
     replacement: float
     completeness: float
+    l0: float
 
 
 def main() -> None:
@@ -51,18 +52,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--features", type=int, nargs=6, help="of the cross-layer transcoder, by layer")
-    parser.add_argument("--coarse", type=int, help="of these, nested in front; at most half of the fewest")
-    parser.add_argument("--bridging", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--floor", type=float, help="of the transcoders, instead of their recipe's")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    recipes = {name: _changed(RECIPES[name], bridging=given.bridging) for name in SETS}
-    if given.features:
-        usual = recipes["clt"].reconstruction
-        prefixes = (given.coarse,) if given.coarse else usual.prefixes
-        widths = dataclasses.replace(usual, n_features=tuple(given.features), prefixes=prefixes)
-        recipes["clt"] = dataclasses.replace(recipes["clt"], reconstruction=widths)
-    print(f"{'set':<14}{'seed':>5}{'parameters':>12}{'top-1':>9}{'answers':>9}{'KL':>9}{'repl.':>8}{'compl.':>8}")
+    recipes = {name: RECIPES[name] for name in SETS}
+    if given.floor is not None:
+        usual = recipes["transcoders"]
+        lower = dataclasses.replace(usual.reconstruction, floor=given.floor)
+        recipes["transcoders"] = dataclasses.replace(usual, reconstruction=lower)
+    print(
+        f"{'set':<14}{'seed':>5}{'parameters':>12}{'top-1':>9}{'answers':>9}{'KL':>9}{'repl.':>8}{'compl.':>8}{'L0':>6}"
+    )
     for seed in given.seeds:
         rows = {name: measured(recipes[name], name, seed, work=given.work, prompts=given.prompts) for name in SETS}
         for name, row in rows.items():
@@ -93,7 +93,8 @@ def measured(recipe: Recipe, name: str, seed: int, *, work: Path, prompts: int) 
     beginnings = [batch.tokens[0, :24] for batch in held_out(64 * prompts)]
     scores = graph_scores(ReplacementModel(bridge, stored, name="atlas"), beginnings, max_features=None)
     every, answers = figures["all"], figures["answer"]
-    return Row(_parameters(recipe, stored), every.top1, answers.top1, every.kl, scores.replacement, scores.completeness)
+    sizes = _parameters(recipe, stored), every.top1, answers.top1, every.kl
+    return Row(*sizes, scores.replacement, scores.completeness, _l0(model, stored))
 
 
 def _seeded(recipe: Recipe, seed: int) -> Recipe:
@@ -101,12 +102,19 @@ def _seeded(recipe: Recipe, seed: int) -> Recipe:
     return Recipe(dataclasses.replace(recipe.reconstruction, seed=seed), stages)
 
 
-def _changed(recipe: Recipe, *, bridging: int) -> Recipe:
-    last = EndToEndConfig(
-        steps=bridging, learning_rate=5e-4, aux_weight=0.0, reconstruction_weight=10.0, bridging_weight=1.0,
-        threshold_memory=0.9,
-    )  # fmt: skip
-    return recipe if not bridging else dataclasses.replace(recipe, end_to_end=(*recipe.end_to_end, last))
+@torch.no_grad()
+def _l0(model: ReplaceableLlama, stored: DictionarySet) -> float:
+    """Features that fire at a token of held-out documents, the start left out; mean over dictionaries."""
+    fired = tokens = 0
+    for batch in held_out(1024):
+        _, found = model.original(batch.tokens[:, :-1])
+        inside = torch.ones_like(batch.tokens[:, :-1], dtype=torch.bool)
+        inside[:, 0] = False
+        tokens += int(inside.sum())
+        for dictionary in stored:
+            x = found[hook(dictionary.layer, MLP_IN)][inside.flatten()]
+            fired += int((dictionary.encode(x) > 0).sum())
+    return fired / tokens / len(list(stored))
 
 
 def _parameters(recipe: Recipe, stored: DictionarySet) -> int:
@@ -120,7 +128,7 @@ def _parameters(recipe: Recipe, stored: DictionarySet) -> int:
 def _show(name: str, seed: int, parameters: str, row: Row) -> None:
     shares = f"{100 * row.top1:>8.2f}%{100 * row.top1_answers:>8.2f}%"
     print(
-        f"{name:<14}{seed:>5}{parameters}{shares}{row.kl:>9.4f}{row.replacement:>8.3f}{row.completeness:>8.3f}",
+        f"{name:<14}{seed:>5}{parameters}{shares}{row.kl:>9.4f}{row.replacement:>8.3f}{row.completeness:>8.3f}{row.l0:>6.2f}",
         flush=True,
     )
 

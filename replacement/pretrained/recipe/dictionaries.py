@@ -79,7 +79,11 @@ _WIDEN = EndToEndConfig(
 RECIPES = {
     "transcoders": Recipe(_RECONSTRUCTION, (*_END_TO_END, _WIDEN)),
     "clt": Recipe(
-        dataclasses.replace(_RECONSTRUCTION, kind="clt", n_features=680, prefixes=(224,)), (*_END_TO_END, _WIDEN)
+        # a feature of layer 0 costs 7 d, one of layer 5 costs 2 d; with a lower floor as many fire as in the others
+        dataclasses.replace(
+            _RECONSTRUCTION, kind="clt", n_features=(840, 704, 616, 560, 560, 680), prefixes=(224,), floor=0.15
+        ),
+        (*_END_TO_END, _WIDEN),
     ),
     "skip_transcoders": Recipe(
         # a skip that learns from the start takes what features would have stood for: 31 states had one, not 50
