@@ -1,5 +1,5 @@
 # `make check` is all that a change has to pass; CI runs the same.
-.PHONY: check lint types contract test fast format
+.PHONY: check lint types contract test fast whole format
 
 check: lint types test
 
@@ -18,6 +18,9 @@ test:
 
 fast: # leaves out what takes more than 20 seconds
 	pytest -m "not slow"
+
+whole: # every kind and mix x family x linearisation, of which `test` takes a part
+	pytest -m whole
 
 format:
 	ruff format .

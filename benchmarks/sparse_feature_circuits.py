@@ -11,6 +11,11 @@ and errors, at one position each.
 
 The SAEs' k decides how many nodes a circuit takes: with 16 features a token, 30 nodes of attention and MLPs have 0.77,
 with 8 they have 0.95. That was seen on the half of the prompts that is judged here.
+
+Where the stream is covered after every block, nothing gets by it: each layer costs the circuit the two or three
+features that carry the number there, and a circuit that lacks those of one layer has nothing, whatever else it holds.
+Marks et al. give the model the layers below a first one for free (`start_layer` in their code), where features say
+which word it is; here, that is to cover the layers from the third on alone.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from replacement.training.run import run
 
 SITES = {"stream": "hook_resid_post", "attention": "hook_attn_out", "mlp": "hook_mlp_out"}
 SIZES = (5, 10, 20, 30, 50, 100, 300)
+FIRST_LAYER = 2  # of six: below is the first third
 
 
 def main() -> None:
@@ -52,6 +58,7 @@ def main() -> None:
     saes = {name: _saes(bridge, site, given) for name, site in SITES.items()}
     mixes: dict[str, list[DictionarySet]] = {
         "SAEs: stream, attention, MLP": list(saes.values()),
+        f"the same, from layer {FIRST_LAYER} on": [_upper(part) for part in saes.values()],
         "SAEs: attention, MLP": [saes["attention"], saes["mlp"]],
         "transcoders": [formats.load(directory("atlas") / "dictionaries" / "transcoders")],
         "neurons": [neurons(bridge, torch.float32)],
@@ -77,6 +84,12 @@ def _saes(bridge: Any, site: str, given: argparse.Namespace) -> DictionarySet:
     return run(
         bridge, model="atlas", data="atlas", config=config, out=given.work / site, context=63, show_progress=False
     ).dictionaries
+
+
+def _upper(dictionaries: DictionarySet) -> DictionarySet:
+    """Those of the layers from FIRST_LAYER on; what is below stays the model's own, outside of any circuit."""
+    kept = {layer: one for layer, one in dictionaries.by_layer.items() if layer >= FIRST_LAYER}
+    return DictionarySet(kept, dictionaries.name)
 
 
 def _curve(model: ReplacementModel, method: str, errors: bool) -> list[Any]:
@@ -120,7 +133,7 @@ def _draw(curves: dict[tuple[str, str, bool], list[Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), sharex=True)
-    colours = dict(zip(dict.fromkeys(name for name, _, _ in curves), ("C0", "C1", "C2", "C3"), strict=True))
+    colours = dict(zip(dict.fromkeys(name for name, _, _ in curves), ("C0", "C4", "C1", "C2", "C3"), strict=True))
     for (name, method, errors), curve in curves.items():
         if method != "ig":
             continue

@@ -12,7 +12,7 @@ from replacement import ReplacementModel
 from replacement.dictionary import DictionarySet
 from replacement.loading import load_bridge
 from replacement.neurons import neurons
-from tests.mixes import MIXES
+from tests.mixes import ALONE, MIXES
 from tests.tiny import random_set, save_tiny_model
 
 torch.set_num_threads(1)
@@ -72,7 +72,7 @@ def mixed_model(tiny_model):
     def model(family: str, mix: str) -> ReplacementModel:
         if (family, mix) not in made:
             bridge = tiny_model(family).bridge
-            made[family, mix] = ReplacementModel(bridge, MIXES[mix](family, bridge), name=family)
+            made[family, mix] = ReplacementModel(bridge, (MIXES | ALONE)[mix](family, bridge), name=family)
         return made[family, mix]
 
     return model

@@ -9,9 +9,9 @@ from replacement.activation import JumpReLU, ReLU, TopK
 from replacement.cross_layer import CrossLayerTranscoder
 from replacement.crosscoder import Crosscoder
 from replacement.dictionary import DictionarySet
-from replacement.linearised import Linearisation
+from replacement.linearised import ATTENTION_RULES, MLP_RULES, Linearisation
 from replacement.neurons import neurons
-from tests.tiny import FAMILIES, PROMPT, random_set, random_transcoder
+from tests.tiny import ENCODERS, FAMILIES, PROMPT, random_set, random_transcoder
 
 WIDTH = 24
 
@@ -95,6 +95,10 @@ MIXES = {
         some(family, "transcoder", bridge, (0, 2)), saes("hook_resid_pre", (1, 2)),
     ],
 }  # fmt: skip
+KINDS = ("transcoder", "skip_transcoder", "cross_layer_transcoder", *ENCODERS)
+ALONE = {kind: lambda family, bridge, kind=kind: [some(family, kind, bridge, (1, 2))] for kind in KINDS}
+ALONE["neurons"] = lambda family, bridge: [neurons(bridge, torch.float64, layers=[1, 2])]
+"""Kinds by themselves; layer 0 is left to be linearised."""
 RULES = {
     "relp": Linearisation(),
     "jacobian": Linearisation(mlp="jacobian"),
@@ -112,6 +116,18 @@ TABLE += [
     if rule != "relp" and family != "llama"
 ]
 TABLE = [row for row in TABLE if row[0] != "neox" or "mid" not in row[1]]
+EVERY_RULE = {
+    f"{mlp}, {attention}": Linearisation(mlp=mlp, attention=attention, steps=4)
+    for mlp in MLP_RULES
+    for attention in ATTENTION_RULES
+}
+WHOLE_TABLE = [
+    (family, mix, rule)
+    for family in FAMILIES
+    for mix in MIXES | ALONE
+    for rule in EVERY_RULE
+    if family != "neox" or "mid" not in mix  # parallel blocks have no middle
+]
 
 
 def graph_of(model, rule, engine="linear", **given):

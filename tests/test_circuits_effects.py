@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from circuits.effects import Nodes, faithfulness, indirect_effects, means, spliced, strongest
+from circuits.effects import Nodes, faithfulness, indirect_effects, means, metric_of_circuit, spliced, strongest
 from replacement import ReplacementModel
+from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
 from tests.mixes import MIXES
 from tests.tiny import FAMILIES
@@ -119,6 +120,27 @@ def test_all_nodes_are_wholly_faithful_and_none_not_at_all(model_of, family, mix
     assert faithfulness(model, CLEAN, metric, none, held) == pytest.approx((0, 0.0, 1.0))
     assert faithfulness(model, CLEAN, metric, strongest(effects, 9), held).nodes == 9
     assert not any(m.any() for m in strongest(effects, 9, errors=False).errors.values())
+
+
+@pytest.mark.parametrize("method", ["attribution", "ig"])
+def test_a_layer_without_dictionaries_is_a_layer_kept_whole(tiny_model, model_of, method):
+    """What a circuit that is given the first layers for free does is what one of the upper layers' sets does."""
+    model, bridge = model_of("llama", "sparse feature circuits"), tiny_model("llama").bridge
+    upper = [
+        DictionarySet({layer: one for layer, one in part.by_layer.items() if layer > 0}, part.name)
+        for part in MIXES["sparse feature circuits"]("llama", bridge)
+    ]
+    found = {}
+    for name, of in {"all": model, "upper": ReplacementModel(bridge, upper, name="llama")}.items():
+        held = means(of, torch.cat([CLEAN, PATCH]))
+        effects = indirect_effects(of, CLEAN, PATCH, metric, method=method)
+        counted = Nodes(*({slot: v if slot.layer else 0 * v for slot, v in part.items()} for part in effects))
+        circuit = strongest(counted, 12)
+        free = Nodes(*({slot: m if slot.layer else ~m for slot, m in part.items()} for part in circuit))
+        none = Nodes(*({slot: torch.full_like(m, not slot.layer) for slot, m in part.items()} for part in circuit))
+        found[name] = [metric_of_circuit(of, CLEAN, metric, one, held) for one in (free, none)]
+    assert found["upper"] == pytest.approx(found["all"], abs=1e-9)
+    assert abs(found["all"][0] - found["all"][1]) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
 from replacement.linearised import Linearisation
 from replacement.sites import Place, Slot
-from tests.mixes import RULES, TABLE, graph_of, saes, some
+from tests.mixes import EVERY_RULE, RULES, TABLE, WHOLE_TABLE, graph_of, saes, some
 from tests.tiny import FAMILIES, PROMPT, random_set
 
 
@@ -45,11 +45,30 @@ def test_rows_add_up_and_lead_upwards(mixed_model, family, mix, rule, trace_bos)
 def test_engines_agree(mixed_model, family, mix, rule):
     """The sweep equals autograd on the hooked language model, which knows nothing of its coefficients."""
     model = mixed_model(family, mix)
-    linear, reference = (graph_of(model, RULES[rule], engine) for engine in ("linear", "autograd"))
+    _expect_same_rows(*(graph_of(model, RULES[rule], engine) for engine in ("linear", "autograd")))
+
+
+def _expect_same_rows(linear, reference):
     scale = np.abs(reference.dense_adjacency()).max()
     np.testing.assert_allclose(linear.dense_adjacency(), reference.dense_adjacency(), atol=1e-10 * scale)
     np.testing.assert_allclose(linear.bias, reference.bias, atol=1e-10 * scale)
     np.testing.assert_allclose(linear.bos, reference.bos, atol=1e-10 * scale)
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize(("family", "mix", "rule"), WHOLE_TABLE)
+def test_the_whole_table(mixed_model, family, mix, rule):
+    """The laws above, for every kind alone and every mix x every family x every linearisation of MLPs and attention.
+
+    Autograd is asked for the rows of the logits and of the 20 features that matter most; `TABLE` compares all rows.
+    """
+    model, rule = mixed_model(family, mix), EVERY_RULE[rule]
+    for trace_bos in (False, True):
+        local = model.local(PROMPT, trace_bos=trace_bos, linearisation=rule)
+        assert (local.logits() - model.logits(PROMPT)).abs().max() <= 1e-9
+        assert graph_of(model, rule, trace_bos=trace_bos).residual <= 1e-10
+    _expect_same_rows(*(graph_of(model, rule, engine, max_features=20) for engine in ("linear", "autograd")))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
