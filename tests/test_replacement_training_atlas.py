@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_lowers_fvu_to_the_stated_figure(kind: str, sparsity: str, data: Data) -> None:
-    """On held-out tokens, from 0.65 or more before the first step; a penalty comes near the wanted L0 even in so few."""
+    """On held-out tokens, from 0.65 or more before the first step; penalties come near the wanted L0 even in so few."""
     found = measured(quick(kind, sparsity), data)
     assert found.start > 0.65
     assert found.l0 == pytest.approx(8, rel=0.2)
