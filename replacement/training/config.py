@@ -87,7 +87,9 @@ class TrainingConfig(Settings):
     pairs: tuple[int, int] = (2, 4)
     """Of kronecker: rows a head of either kind; m and n rows make m * n features."""
     start: str = "random"
-    """Where features start: random directions, sampled tokens, or clusters of tokens."""
+    """Where features start: random directions, sampled tokens, or clusters of tokens, with which fewer than k fire: a
+    token is of one cluster at each size.
+    """
     skip_starts: float = 0.0
     """Of skip_transcoder: share of the run after which the skip connection starts to learn; 1 leaves it to the
     end-to-end stage. A skip that learns from the start takes what features would have stood for.

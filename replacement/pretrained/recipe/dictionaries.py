@@ -260,7 +260,7 @@ Per-layer transcoders with and without a skip connection, which read an MLP's in
    detector of its cluster: 512 coarse clusters and 1,024 fine ones a layer;
 2. all layers learn to reconstruct their MLPs (BatchTopK with a floor under each feature's activation, AuxK; the coarse
    features must also reconstruct alone; the cross-layer transcoder has as many parameters as the transcoders, so fewer
-   features); skip connections stay at zero, so that they take nothing from the features;
+   features, most of them in early layers); skip connections stay at zero, so that they take nothing from the features;
 3. the model with *all* MLPs replaced learns the original's next-token distribution, on all answer tokens and a sample
    of the others; skip connections learn from here on;
 4. the last layer's features are widened (biases up, no floor, noise on their inputs) and trained on: narrow ones missed
@@ -271,7 +271,9 @@ Per-layer transcoders with and without a skip connection, which read an MLP's in
 No label, fact or state was seen in training: clusters are found in activations alone. Each set is what one run of the
 command gives, with settings that were chosen on earlier states of the model: stage 4's with a third of the questions
 about held-out (H2) cities in sight, the skip set's as the best of four (floors 0.2, 0.3 and 0.4 with a skip that learns
-from the start, and this one) by figures like those below. So figures of those cities carry a slight selection.
+from the start, and this one) by figures like those below, the cross-layer set's as the best of seven (widths by layer,
+floors 0.15 to 0.3) by top-1 agreement and replacement score. So these figures, and those of the cities, carry a slight
+selection.
 
 Figures in each set's README: float16 files as they ship, read back; documents of the corpus with seeds that no training
 of dictionaries used. FVU, L0, dead fraction and state features on 8,192 documents (516,096 tokens, BOS left out); dead
