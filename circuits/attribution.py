@@ -111,6 +111,7 @@ def _traced(
         found = _found(model, tracer, exact=said["products"] == "exact")
         if saved is not None:
             saved.settle(tracer.blocks)
+        tracer.finish()
         graph = assemble(model, tracer, text, said | found | asked)
     _require_whole_rows(model, graph)
     return graph

@@ -20,7 +20,7 @@ from circuits.rows import Block, chosen_drop, store
 from circuits.saved_rows import Identity, SavedRows
 from circuits.selection import partial_influence, strongest
 from circuits.targets import Target, depth, reads
-from replacement.columns import COLUMNS
+from replacement.columns import COLUMNS, width
 from replacement.contributions import Contributions, Engine, total_rows
 from replacement.errors import InputError
 from replacement.features import Targets
@@ -121,6 +121,10 @@ class Tracer:
         for at in np.unique(depths):
             yield from self._parts(features[depths == at])
 
+    def finish(self) -> None:
+        """No more rows are asked for: what the engine keeps from sweep to sweep makes way."""
+        del self.engine
+
     def _parts(self, index: Int[np.ndarray, " n"]) -> Iterator[Int[np.ndarray, " batch"]]:
         """Batches of what is of one depth, an earlier run's as they were."""
         while len(index):
@@ -197,17 +201,18 @@ def _sweep_batch(local: LocalModel, budget: Budget) -> int:
             f"{'pass' if budget.given else 'free some, or pass'} more memory (--memory), or a shorter prompt"
         )
     size = max(1, min(MOST, max(ENOUGH, CACHED_BYTES // one), budget.sweep // one))
-    return size - size % COLUMNS if size > COLUMNS else size
+    size -= size % COLUMNS if size > COLUMNS else 0
+    return max(targets for targets in range(1, size + 1) if width(targets) <= size)
 
 
 def sweep_bytes(local: LocalModel) -> int:
     """What one target takes of a sweep's working arrays."""
-    block, width = local.path.weights.blocks[0], local.forward.embedding.shape[1]
+    block, d_model = local.path.weights.blocks[0], local.forward.embedding.shape[1]
     heads, d_head, _ = block.W_O.shape
     hidden = max((mlp.c_in.shape[1] for mlp in local.path.mlps.values()), default=0)
     patterns = heads * local.n_positions if local.path.attentions is not None else 0
-    a_position = width + (heads + len(block.W_V)) * d_head  # the stream, and what heads take and give
-    a_position += 2 * width + 2 * hidden if hidden or local.path.skips else 0
+    a_position = d_model + (heads + len(block.W_V)) * d_head  # the stream, and what heads take and give
+    a_position += 2 * d_model + 2 * hidden if hidden or local.path.skips else 0
     sources = len(local.features.layer) + (len(local.slots) + 1) * local.n_positions
-    numbers = local.n_positions * (a_position + 3 * patterns) + heads * width + 3 * sources
+    numbers = local.n_positions * (a_position + 3 * patterns) + heads * d_model + 3 * sources
     return numbers * local.forward.embedding.element_size()

@@ -17,11 +17,16 @@ COLUMNS = 16  #: products of a multiple of so many columns are up to twice as fa
 FEW = 24  #: targets up to which a product takes all positions as one matrix: libraries are slow at narrow ones
 
 
+def width(targets: int) -> int:
+    """How many columns are multiplied for so many targets: a few more, where products are faster then."""
+    missing = -targets % COLUMNS
+    return targets if missing > targets // 2 else targets + missing
+
+
 def filled(entry: Entry) -> Entry:
-    """The targets with some of no gradient after them, where products of that many columns are faster."""
-    n = len(entry.positions)
-    missing = -n % COLUMNS
-    if missing > n // 2:
+    """The targets with some of no gradient after them, up to the columns that are multiplied."""
+    missing = width(len(entry.positions)) - len(entry.positions)
+    if not missing:
         return entry
     gradient = torch.cat([entry.gradient, entry.gradient.new_zeros(missing, entry.gradient.shape[1])])
     return entry._replace(

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -22,7 +22,8 @@ from replacement.local import LocalModel
 from replacement.sites import Slot
 from replacement.sweep import Group, Pulled, Sweep, Transposed
 
-KEPT_BYTES = 512 * 2**20  #: written vectors up to this size are kept from sweep to sweep; more are gathered for each
+KEPT_BYTES = 256 * 2**20  #: the most that is kept from sweep to sweep: all of the first block
+GATHERED_BYTES = 2**19  #: decoder rows gathered at once: they stay in the processor's cache until they are multiplied
 
 
 class Contributions(NamedTuple):
@@ -83,12 +84,14 @@ class LinearEngine:
         self.local = local
         self.slots = {slot: index for index, slot in enumerate(local.slots)}
         self._kept: dict[tuple[object, ...], Tensor] = {}
-        n_written = sum(len(writes.feature) for of in local.writes.values() for writes in of)
-        vectors = n_written * local.forward.embedding.shape[1] * dtype.itemsize
-        self._keeps = vectors <= room
-        transposed = transposed or Transposed(local.path.weights)
-        rest = room - vectors if self._keeps else room
-        self.sweep = Sweep(local.path, transposed, products or dtype, widens=self._keeps, room=rest)
+        value = local.path.weights.blocks[0].W_V
+        width = local.forward.embedding.shape[1] + value.shape[0] * value.shape[2]
+        first = sum(len(writes.feature) for slot, of in local.writes.items() for writes in of if slot.layer == 0)
+        wide = first * width * dtype.itemsize
+        transposed, widens = transposed or Transposed(local.path.weights), wide <= room // 2
+        self.sweep = Sweep(
+            local.path, transposed, products or dtype, widens=widens, room=room - wide if widens else room
+        )
 
     def rows(self, targets: Targets) -> Contributions:
         order = torch.argsort(targets.positions, stable=True)
@@ -118,22 +121,40 @@ class LinearEngine:
             if position == 0:
                 found.bos[columns] += bos @ _at(pulled, 0, columns)
         for number, writes in enumerate(self.local.writes.get(pulled.slot, ())):
-            starts, kept = self._starts[pulled.slot, number], None
-            if self._keeps:
-                kept = self._reached(pulled, self._vectors(pulled.slot, number), pulled.slot, number)
-            for position, columns in groups if pulled.alone else _everywhere(groups):
-                rows = slice(starts[position], starts[position + 1])
-                if rows.start < rows.stop:
-                    vectors = kept[rows] if kept is not None else self._written(pulled.slot, number, rows)
-                    into = found.features[writes.first + rows.start : writes.first + rows.stop, columns]
-                    into.addmm_(vectors, _at(pulled, position, columns))
+            starts = self._starts[pulled.slot, number]
+            spans = [_Span(starts[p], starts[p + 1], p, columns) for p, columns in _places(pulled, groups)]
+            spans = [span for span in spans if span.start < span.stop]
+            for first, rows, some in self._gathered(pulled, number, spans):
+                for start, stop, position, columns in some:
+                    into = found.features[writes.first + start : writes.first + stop, columns]
+                    into.addmm_(rows[start - first : stop - first], _at(pulled, position, columns))
+
+    def _gathered(self, pulled: Pulled, number: int, spans: list[_Span]) -> Iterator[tuple[int, Tensor, list[_Span]]]:
+        """Decoder rows of one dictionary at a slot, those of some spans at once, with the number of the first row.
+
+        They are multiplied while they lie in the cache, so that to keep them all would take memory and save no time.
+        """
+        assert pulled.slot is not None
+        if pulled.wide:
+            if ("wide", pulled.slot, number) not in self._kept:
+                every = self._rows(pulled.slot, number, slice(None))
+                self._kept["wide", pulled.slot, number] = self.sweep.widened(every)
+            yield 0, self._kept["wide", pulled.slot, number], spans
+            return
+        like = self.local.forward.embedding
+        most = GATHERED_BYTES // (like.shape[1] * like.element_size())
+        while spans:
+            first = spans[0].start
+            fit = max(1, sum(span.stop - first <= most for span in spans))
+            yield first, self._rows(pulled.slot, number, slice(first, spans[fit - 1].stop)), spans[:fit]
+            spans = spans[fit:]
 
     def _add_embeddings(self, pulled: Pulled, groups: list[Group], found: _Columns) -> None:
         forward = self.local.forward
         if pulled.by_table:
             table = self.sweep.wide_table if pulled.wide else self.sweep.table
             assert table is not None
-            for position, columns in groups if pulled.alone else _everywhere(groups):
+            for position, columns in _places(pulled, groups):
                 into = found.embeddings[: position + 1, columns]
                 into.addmm_(table[position, : position + 1], _at(pulled, position, columns))
         else:
@@ -192,16 +213,21 @@ class LinearEngine:
             for number, writes in enumerate(of)
         }
 
-    def _vectors(self, slot: Slot, number: int) -> Float[Tensor, "n d_model"]:
-        """What the features of one dictionary add to the stream at a slot, kept for the next sweep."""
-        if (slot, number) not in self._kept:
-            self._kept[slot, number] = self._written(slot, number, slice(None))
-        return self._kept[slot, number]
-
-    def _written(self, slot: Slot, number: int, rows: slice) -> Float[Tensor, "n d_model"]:
+    def _rows(self, slot: Slot, number: int, rows: slice) -> Float[Tensor, "n d_model"]:
+        """What one unit of each of some features of a dictionary adds to the stream at a slot, gathered anew."""
         writes = self.local.writes[slot][number]
-        vectors, norm = writes.vectors(rows), self.local.path.write_norm(slot.layer, self.local.write_site(slot))
+        norm = self.local.path.write_norm(slot.layer, self.local.write_site(slot))
+        vectors = writes.writer.write_rows(writes.feature[rows], writes.layer)
         return vectors if norm is None else apply_norm(norm[0], norm[1][writes.position[rows]], vectors, bias=False)
+
+
+class _Span(NamedTuple):
+    """What one dictionary writes at one position, and the targets that have a gradient there."""
+
+    start: int  # of its writes
+    stop: int
+    position: int
+    columns: slice
 
 
 class _Columns:
@@ -211,11 +237,12 @@ class _Columns:
         like, n_features = local.forward.embedding, len(local.features.layer)
         sources = like.new_zeros(n_features + (len(local.slots) + 1) * local.n_positions, n)
         self.features, own = sources[:n_features], sources[n_features:].view(-1, local.n_positions, n)
-        self.errors, self.embeddings = own[:-1], own[-1]
+        self.errors, self.embeddings, self.activation = own[:-1], own[-1], local.features.activation
         self.bias, self.bos = like.new_zeros(n), like.new_zeros(n)
 
     def rows(self, order: Int[Tensor, " n"], own_bias: Float[Tensor, " n"]) -> Contributions:
-        """As rows, in the targets' own order."""
+        """As rows, in the targets' own order; features have met their decoder rows, and now their activations."""
+        self.features.mul_(self.activation[:, None])
         sorted_already = torch.equal(order, torch.arange(len(order), device=order.device))
         wanted = slice(len(order)) if sorted_already else order
         parts = (self.features, self.errors, self.embeddings, self.bias, self.bos)
@@ -231,9 +258,9 @@ def _groups(positions: Int[Tensor, " n"]) -> list[Group]:
     return [Group(*each) for each in zip(found.tolist(), map(slice, starts, stops), strict=True)]
 
 
-def _everywhere(groups: list[Group]) -> list[Group]:
-    """All targets at every position up to the last."""
-    return [Group(position, slice(None)) for position in range(groups[-1].position + 1)]
+def _places(pulled: Pulled, groups: list[Group]) -> list[Group]:
+    """Where gradients stand: all targets at every position up to the last, or each at its own."""
+    return groups if pulled.alone else [Group(position, slice(None)) for position in range(groups[-1].position + 1)]
 
 
 def _at(pulled: Pulled, position: int, columns: slice) -> Float[Tensor, "d_model n"]:

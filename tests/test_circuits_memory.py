@@ -10,8 +10,8 @@ import torch
 
 from circuits import attribute, memory
 from circuits.memory import COPIES, Budget, budget, free_bytes, in_words, parse
-from circuits.tracer import _Fit, sweep_bytes
-from replacement import InputError
+from circuits.tracer import _Fit, _sweep_batch, sweep_bytes
+from replacement import InputError, columns
 from tests.tiny import PROMPT
 
 CPU = torch.device("cpu")
@@ -105,6 +105,14 @@ def test_little_memory_means_small_sweeps_and_the_same_rows(tiny_model):
     part = attribute(model, PROMPT, memory=max(room, 10 * 12 * whole.n_edges))
     assert (part.adjacency.indices == whole.adjacency.indices).all()
     np.testing.assert_allclose(part.adjacency.data, whole.adjacency.data, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("room", range(1, 40))
+def test_a_sweep_stays_within_its_share(tiny_model, room):
+    """Also with the columns that its products have beside the targets'."""
+    local = tiny_model().local(PROMPT)
+    batch = _sweep_batch(local, Budget(10**9, room * sweep_bytes(local)))
+    assert room / 2 <= columns.width(batch) <= room
 
 
 @pytest.mark.parametrize("max_features", [None, 40])

@@ -15,8 +15,9 @@ SHORTCUTS = {
     "a matrix a position": [(columns, "FEW", 0)],
     "a column a target": [(columns, "COLUMNS", 1)],
     "no table": [(sweep, "TABLE_BYTES", 0)],
-    "vectors gathered": [(contributions, "KEPT_BYTES", 0)],
-    "neither": [(sweep, "TABLE_BYTES", 0), (contributions, "KEPT_BYTES", 0)],
+    "nothing kept": [(contributions, "KEPT_BYTES", 0)],
+    "a position's rows at once": [(contributions, "GATHERED_BYTES", 0)],
+    "neither table nor kept": [(sweep, "TABLE_BYTES", 0), (contributions, "KEPT_BYTES", 0)],
 }
 
 
@@ -69,3 +70,9 @@ def test_a_sweep_leaves_its_targets_alone(tiny_model):
     first, again = engine.rows(targets), engine.rows(targets)
     assert torch.equal(targets.rows, before)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("targets", range(1, 100))
+def test_products_have_few_columns_of_no_target(targets):
+    assert targets <= columns.width(targets) <= 1.5 * targets
+    assert columns.width(targets) in (targets, -(-targets // columns.COLUMNS) * columns.COLUMNS)
