@@ -6,6 +6,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -337,6 +340,35 @@ def test_a_failed_save_leaves_the_old_folder_whole(call, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"save\(.*set\): cannot be written \(No space left on device\); make room"):
         formats.save(random_set("llama", "skip_transcoder", "relu", CFG), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("renames", [0, 1, 4, 5])
+def test_a_save_that_is_killed_leaves_the_old_set_or_none(renames, tmp_path):
+    """Or all of the new one; never files of both that are read as one set."""
+    sets = [random_set("llama", kind, "relu", CFG) for kind in ("transcoder", "skip_transcoder")]
+    for kind, made in zip(("old", "new"), sets, strict=True):
+        formats.save(made, tmp_path / kind)
+    formats.save(sets[0], tmp_path / "both")
+    script = f"""
+import os, itertools
+from pathlib import Path
+from replacement import formats
+made, count, rename = formats.load(Path({str(tmp_path / "new")!r})), itertools.count(), os.replace
+os.replace = lambda *of: os.kill(os.getpid(), 9) if next(count) == {renames} else rename(*of)
+formats.save(made, {str(tmp_path / "both")!r})
+"""
+    ended = subprocess.run([sys.executable, "-c", script], check=False).returncode
+    n_renames = len(sets[0].by_layer) + 2
+    assert ended == (-signal.SIGKILL if renames < n_renames else 0)
+    left = {path.name: path.read_bytes() for path in (tmp_path / "both").iterdir() if not path.name.startswith(".")}
+    old, new = ({path.name: path.read_bytes() for path in (tmp_path / kind).iterdir()} for kind in ("old", "new"))
+    if renames == 0:
+        assert left == old
+    elif renames == n_renames:
+        assert left == new
+    else:
+        with pytest.raises(InputError, match="no known format; a folder needs config"):
+            formats.load(tmp_path / "both")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])

@@ -15,11 +15,13 @@ class Drafts:
     """Files of one folder that appear together, in the order in which they were begun, when the context is left.
 
     Until then they stand beside their places under hidden names. Where anything is raised none appears, and what was
-    there before stays; only a process that is killed between two renames leaves some of each.
+    there before stays. Only a process that is killed between two renames leaves some of each, and none of the file that
+    makes them a whole.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, whole: str | None = None) -> None:
+        """whole: the file without which the others are worth nothing; it is away while they change."""
+        self.folder, self._whole = folder, whole
         self._places: list[tuple[Path | None, Path]] = []  # draft, where it appears; None for what disappears
 
     @contextmanager
@@ -43,15 +45,30 @@ class Drafts:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            for draft, place in self._places if kind is None else ():
-                if draft is None:
-                    place.unlink(missing_ok=True)
-                else:
-                    os.replace(draft, place)
+            if kind is None:
+                self._appear()
         finally:
             for draft, _ in self._places:
                 if draft is not None:
                     draft.unlink(missing_ok=True)
+
+    def _appear(self) -> None:
+        """Rename all; where the first rename fails the old files stay a whole."""
+        away, old = None, self.folder / self._whole if self._whole else None
+        if old is not None and old.exists():
+            away = self.folder / f".{old.name}.{secrets.token_hex(6)}.part"
+            os.replace(old, away)
+        begun = False
+        try:
+            for draft, place in self._places:
+                if draft is None:
+                    place.unlink(missing_ok=True)
+                else:
+                    os.replace(draft, place)
+                begun = True
+        finally:
+            if away is not None and old is not None:
+                away.unlink() if begun else os.replace(away, old)
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -60,7 +60,7 @@ def save(
     metadata: Mapping[str, object] | None = None,
     pieces: Pieces = held,
 ) -> None:
-    """Write a set; its files appear together when all are whole, `config.json` last.
+    """Write a set; its files appear together when all are whole, `config.json` last. No mixture of two sets is a set.
 
     dtype: "float32", "float16", "bfloat16" or "float64" of the stored tensors.
     metadata: JSON values, kept in the config.
@@ -86,7 +86,7 @@ def save(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with Drafts(folder) as drafts:
+        with Drafts(folder, whole="config.json") as drafts:
             for dictionary in learned:
                 with drafts.file(_file_of(dictionary)) as file:
                     write_tensors(file, _stored(dictionary, getattr(torch, dtype), pieces))
