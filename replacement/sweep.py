@@ -353,11 +353,15 @@ class Sweep:
     # ---- memory
 
     def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """A working array, the same memory at each call: fresh pages cost more than a small product."""
+        """A working array, the same memory at each call: fresh pages cost more than a small product.
+
+        The first axis is the prefix; room is made for the whole prompt, as arrays that grow leave holes behind.
+        """
         like = self.path.forward.embedding
         dtype, size = dtype or like.dtype, torch.Size(shape).numel()
         if (found := self._work.get((name, dtype))) is None or len(found) < size:
-            found = self._work[name, dtype] = like.new_empty(size, dtype=dtype)
+            whole = torch.Size((len(like), *shape[1:])).numel()
+            found = self._work[name, dtype] = like.new_empty(whole, dtype=dtype)
         return found[:size].view(shape)
 
 
