@@ -15,10 +15,11 @@ attribution alone, after loading and one trace of 4 tokens, the median of 3 wher
 CPU seconds. Memory is the peak over what the loaded model takes. `edges` is the largest difference between the two
 graphs' edges, relative to the largest edge, over nodes that both have; `other` how many of the features with a row are
 others: at this tool's own settings, and where it ranks features anew as often as circuit-tracer does (every 4 batches
-of 256). `mm` is how many multiply-adds of matrix products a trace makes (counted by PyTorch) in a CPU second of all of
-it, as a share of the machine's rate of float32 products (768 x 768 by 768 x 4096, measured in the same process). A
-process that runs out of memory or time is a cell that says so. With `--json` rows are added to what the file has, and
-the table shows them all.
+of 256; where that batch failed edges are compared with those at 16, at which it ranks them more often). `mm` is how
+many multiply-adds of matrix products a trace makes (counted by PyTorch) in a CPU second of all of it, as a share of the
+machine's rate of float32 products (768 x 768 by 768 x 4096, measured in the same process). A process that runs
+out of memory or time is a cell that says so. With `--json` rows are added to what the file has, and the table shows
+them all.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from trace_rows import Row, Settings, machine, make, run, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULT_BATCH, SMALL_BATCHES = 256, (16, 64)
+COMPARED = (DEFAULT_BATCH, SMALL_BATCHES[0])
+"""Batches of circuit-tracer whose edges this tool's are compared with: of the first that finished."""
 SAME_LOGITS = 1e-5
 """Largest difference of the two tools' logits, relative to the largest: beyond it they do not run the same model."""
 ALONE = "12x768-2000-transcoder-256"
@@ -98,7 +101,7 @@ def processes(row: Row, *, beside: bool) -> dict[str, Process]:
     if not beside:
         return {"own": Process(own, None, False)}
     alike = {} if row.rows is None else {"own alike": Process(own, DEFAULT_BATCH, True)}
-    peers = {f"circuit-tracer {n}": Process(peer, n, n == DEFAULT_BATCH) for n in (DEFAULT_BATCH, *SMALL_BATCHES)}
+    peers = {f"circuit-tracer {n}": Process(peer, n, n in COMPARED) for n in (DEFAULT_BATCH, *SMALL_BATCHES)}
     return {"own": Process(own, None, True), **alike, **peers}
 
 
@@ -114,10 +117,10 @@ def measure(row: Row, peer: str | None, settings: Settings, scratch: Path) -> di
         out = outs / name if process.keeps else None
         figures[name] = run(row, process.script, interpreter, folders, settings, batch=process.batch, out=out)
         print(f"  {name}: {figures[name]}", file=sys.stderr)
-    reference = outs / f"circuit-tracer {DEFAULT_BATCH}"
+    finished = [outs / f"circuit-tracer {n}" for n in COMPARED if (outs / f"circuit-tracer {n}/edges.npy").is_file()]
     for name in ("own", "own alike"):
-        if (outs / name / "edges.npy").is_file() and (reference / "edges.npy").is_file():
-            figures[f"difference of {name}"] = compare(outs / name, reference)
+        if finished and (outs / name / "edges.npy").is_file():
+            figures[f"difference of {name}"] = compare(outs / name, finished[0])
     return figures
 
 
