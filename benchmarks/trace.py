@@ -14,12 +14,12 @@ model. Each tool runs it in processes of its own, with the same threads: circuit
 attribution alone, after loading and one trace of 4 tokens, the median of 3 where one takes less than 5 s; ratios are of
 CPU seconds. Memory is the peak over what the loaded model takes. `edges` is the largest difference between the two
 graphs' edges, relative to the largest edge, over nodes that both have; `other` how many of the features with a row are
-others: at this tool's own settings, and where it ranks features anew as often as circuit-tracer does (every 4 batches
-of 256; where that batch failed edges are compared with those at 16, at which it ranks them more often). `mm` is how
-many multiply-adds of matrix products a trace makes (counted by PyTorch) in a CPU second of all of it, as a share of the
-machine's rate of float32 products (768 x 768 by 768 x 4096, measured in the same process). A process that runs
-out of memory or time is a cell that says so. With `--json` rows are added to what the file has, and the table shows
-them all.
+others: at this tool's own settings, and at circuit-tracer's, where it ranks features anew as often (every 4 batches of
+256; where that batch failed edges are compared with those at 16, at which circuit-tracer ranks them more often) and
+drops no edges of large graphs. `mm` is how many multiply-adds of matrix products a trace makes (counted by PyTorch) in
+a CPU second of all of it, as a share of the machine's rate of float32 products (768 x 768 by 768 x 4096, measured in
+the same process). A process that runs out of memory or time is a cell that says so. With `--json` rows are added to
+what the file has, and the table shows them all.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def _cells(figures: dict[str, Any]) -> list[str]:
         _megabytes(default),
         _megabytes(best),
         f"{own['process_bytes'] / 1e9:.2f}" if done else "",
-        f"{difference['edges']:.1e}" if difference else "",
+        " / ".join(f"{one['edges']:.1e}" for one in (difference, alike) if one),
         " / ".join(f"{one['other_rows']:,}" for one in (difference, alike) if one),
         "" if share is None else f"{share:.0%}",
     ]

@@ -25,9 +25,9 @@ def load(options: argparse.Namespace) -> ReplacementModel:
 
 
 def trace(model: ReplacementModel, tokens: torch.Tensor, options: argparse.Namespace) -> AttributionGraph:
-    """Its graph with its default targets."""
-    batch = {} if options.batch is None else {"batch_size": options.batch}
-    return attribute(model, tokens, max_features=options.rows, **batch)
+    """Its graph with its default targets; asked for a batch, as circuit-tracer makes it: no edge is dropped."""
+    alike = {} if options.batch is None else {"batch_size": options.batch, "drop": 0}
+    return attribute(model, tokens, max_features=options.rows, **alike)
 
 
 def edges(graph: AttributionGraph) -> Edges:
