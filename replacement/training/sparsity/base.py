@@ -138,13 +138,15 @@ class Penalised(Sparsity):
     proportional-integral controller on the logarithm. Wanted are 2 k features at first, as many as fire at the start,
     and k from three tenths of the run on: it is quick, so that short runs reach k, but where it holds k from the
     beginning, features settle before they have found their directions. The weight stays in [1e-5, 100], losses being
-    about 1: where k is out of reach it would run away, and be of no use when k comes into reach.
+    about 1: where k is out of reach it would run away, and be of no use when k comes into reach. Below 0.003 it falls
+    ten times slower, as it changes little there and is missed when L0 rises: that happens as the learning rate falls.
     """
 
     log_weight: Tensor  # []
     steps_done: Tensor  # []
     gain, damping = 0.2, 4.0
     lowest, highest = 1e-5, 100.0
+    slow_below, slower = 3e-3, 0.1
     first_weight = 0.03
     first_k = 2.0  # times k features a token fire at the start
     falling = 0.3  # share of the run in which that falls to k
@@ -174,7 +176,9 @@ class Penalised(Sparsity):
         """The weight for a batch in which `fires` features a token fire; moves it where a training step is made."""
         error = (fires.clamp_min(1e-3) / self.wanted()).log().clamp(-1, 1)
         if torch.is_grad_enabled():
-            self.log_weight.add_(self.gain * error).clamp_(math.log(self.lowest), math.log(self.highest))
+            slows = (error < 0) & (self.log_weight < math.log(self.slow_below))
+            gain = torch.where(slows, self.slower * self.gain, self.gain)
+            self.log_weight.add_(gain * error).clamp_(math.log(self.lowest), math.log(self.highest))
             self.steps_done.add_(1)
         return (self.log_weight + self.damping * error).exp()
 
