@@ -179,6 +179,15 @@ def test_the_weight_of_a_penalty_stays_bounded() -> None:
         assert penalised.log_weight.exp().item() == pytest.approx(bound, rel=1e-3)
 
 
+def test_a_small_weight_is_soon_back() -> None:
+    """However long too few features fired, it is of use again a few steps after too many do."""
+    penalised = next(iter(start(config(sparsity="relu"))[0])).sparsity
+    for fires, steps in ((0.5, 100), (2.0, 15)):
+        for _ in range(steps):
+            penalised.controlled(fires * penalised.wanted())
+    assert penalised.log_weight.exp() > penalised.slow_below
+
+
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 def test_gradients_equal_those_of_dense_products(sparsity: str) -> None:
     """The loss of a skip transcoder with nested prefixes, written densely, has the same gradients."""
