@@ -15,6 +15,7 @@ from torch import nn
 
 from replacement import pretrained
 from replacement.errors import InputError
+from replacement.finite import all_finite
 from replacement.hub import require_on_hub
 
 
@@ -82,7 +83,7 @@ def _load(source: str, local: bool, dtype: torch.dtype) -> tuple[nn.Module, Any]
 
 def _check_finite(language_model: nn.Module, source: str) -> None:
     for name, parameter in language_model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise InputError(
                 f"model {source!r}: {name} has values that are not finite (NaN or inf); the file is damaged"
             )

@@ -22,6 +22,7 @@ from replacement.coverage import Coverage, place
 from replacement.crosscoder import Crosscoder
 from replacement.dictionary import Dictionary, DictionarySet
 from replacement.errors import InputError
+from replacement.finite import all_finite
 from replacement.linearised import Linearisation
 from replacement.loading import load_bridge
 from replacement.local import LocalModel
@@ -218,7 +219,7 @@ class ReplacementModel:
             self.require_own_precision("attention 'gradient'")
         with torch.no_grad():
             forward = sites.forward(self.bridge, self.tokenize(prompt), self.compute_dtype)
-            if not torch.isfinite(forward.logits).all():
+            if not all_finite(forward.logits):
                 raise InputError(
                     f"{self.name}: the logits of this prompt are not finite; check the weights, or use float32"
                 )

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from replacement.errors import InputError
+from replacement.finite import all_finite
 
-CHECKED_AT_ONCE = 2**24  #: numbers of a large tensor that are looked at together
 PIECE_BYTES = 2**23  #: of a tensor that is written piece by piece: those held at once, where a row is not more
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -38,7 +38,7 @@ def read_tensors(path: Path, *, as_stored: Collection[str] = ()) -> dict[str, Te
             raise InputError(f"{path}: tensor {name!r} is {tensor.dtype}, needs floating point")
         if tensor.dtype.itemsize == 1 or (name not in as_stored and tensor.dtype != torch.float64):
             tensors[name] = tensor.float()  # numbers of 8 bits can't be picked or compared as they are
-        if not all(torch.isfinite(part).all() for part in tensors[name].flatten().split(CHECKED_AT_ONCE)):
+        if not all_finite(tensors[name]):
             raise InputError(f"{path}: tensor {name!r} has values that are not finite (NaN or inf)")
     return tensors
 

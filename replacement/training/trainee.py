@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from replacement.dictionary import LearnedDictionary
 from replacement.errors import InputError
+from replacement.finite import all_finite
 from replacement.training import kinds
 from replacement.training.coder import Coder, Pass
 from replacement.training.config import TrainingConfig
@@ -68,7 +69,7 @@ class Trainee(nn.Module):
             raise InputError(f"train: the source has no {missing[0]}; it has {', '.join(sample)}")
         given = {name: sample[name].float() for name in self.sites}
         for name, tensor in given.items():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 raise InputError(f"train: activations at {name} are not finite (NaN or inf) in the first buffer")
         lengths = torch.stack([tensor.shape[1] ** 0.5 / tensor.norm(dim=1).mean() for tensor in given.values()])
         if not torch.isfinite(lengths).all():

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from replacement.errors import InputError
+from replacement.finite import all_finite
 from replacement.sites import hook_name
 from replacement.training.data.packing import start_token
 from replacement.training.data.tokens import TokenSource
@@ -260,7 +261,7 @@ def require_sites(bridge: Any, sites: Sequence[str]) -> None:
 
 def require_finite(values: Tensor, *, site: str, index: int) -> None:
     """Raise `InputError` where activations, or their norms, are NaN or infinite."""
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise InputError(
             f"activations of {site}, batch {index}: are not finite (NaN or inf); load the model in float32, "
             "or look at its weights"
