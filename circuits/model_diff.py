@@ -321,7 +321,7 @@ class _Words:
     def add(self, held: Held) -> None:
         """Take one batch."""
         with torch.no_grad():
-            x = torch.cat([held.base, held.tuned], 1).to(self.crosscoder.W_enc)
+            x = torch.cat([held.base, held.tuned], 1).to(self.crosscoder.b_enc)
             fired = self.crosscoder.encode(x)[:, self.features]
         self.mass.index_add_(1, held.ids[held.keep], fired.T.float())
         if not len(self.features):

@@ -66,13 +66,15 @@ class Dictionary(nn.Module, abc.ABC):
     def compute_in(self, device: torch.device, dtype: torch.dtype) -> None:
         """Freeze, and move to where and in what precision is computed.
 
-        On a CPU the decoder stays as it was stored, mapped from its file where that is so: a trace gathers few of its
-        rows, and all of it may be more than there is memory. Rows are converted as they are gathered.
+        Encoder and decoder stay in the precision that they were stored in, on a CPU mapped from their file: a trace
+        gathers few rows of the decoder, and all of either may be more than there is memory. Rows are converted as they
+        are used.
         """
-        decoder = self._parameters.pop("W_dec", None) if device.type == "cpu" else None
+        kept = {name: self._parameters.pop(name, None) for name in ("W_enc", "W_dec")}
         self.requires_grad_(False).to(device=device, dtype=dtype)
-        if decoder is not None:
-            self.W_dec = nn.Parameter(decoder.detach().to(device), requires_grad=False)
+        for name, rows in kept.items():
+            if rows is not None:
+                setattr(self, name, nn.Parameter(rows.detach().to(device), requires_grad=False))
 
     def skip(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"] | float:
         """`W_skip x`, zero for kinds without a skip connection."""

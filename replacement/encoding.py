@@ -18,6 +18,22 @@ from torch.nn import functional as F
 from replacement.activation import Activation, TopK
 from replacement.errors import InputError
 
+CONVERTED_AT_ONCE = 1 << 22
+"""Numbers of encoder rows in another precision that are converted together: 16 MiB in float32."""
+
+
+def pre_activations(
+    x: Float[Tensor, "... d_in"], W_enc: Float[Tensor, "rows d_in"], b_enc: Float[Tensor, " rows"]
+) -> Float[Tensor, "... rows"]:
+    """`x W_enc^T + b_enc` in the precision of x; rows kept in another one are converted some at a time, never all."""
+    if W_enc.dtype == x.dtype:
+        return F.linear(x, W_enc, b_enc)
+    out, each = x.new_empty(*x.shape[:-1], len(W_enc)), max(1, CONVERTED_AT_ONCE // W_enc.shape[1])
+    for start in range(0, len(W_enc), each):
+        rows = slice(start, start + each)
+        out[..., rows] = F.linear(x, W_enc[rows].to(x.dtype), b_enc[rows].to(x.dtype))
+    return out
+
 
 class Encoding(nn.Module, abc.ABC):
     """From encoder rows to features.
@@ -70,10 +86,10 @@ class Linear(Encoding):
         return n_rows
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, activation: Activation) -> Float[Tensor, "... n"]:
-        return activation(F.linear(x, W_enc, b_enc))
+        return activation(pre_activations(x, W_enc, b_enc))
 
     def rows(self, features: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
-        return W_enc[features], b_enc[features]
+        return W_enc[features].to(x.dtype), b_enc[features]
 
 
 class Route(NamedTuple):
@@ -128,7 +144,7 @@ class Switch(Encoding):
         pre = tokens.new_full((len(tokens), len(W_enc)), torch.finfo(x.dtype).min)  # below whatever competes in a TopK
         for expert in route.expert.unique().tolist():
             at, own = (route.expert == expert).nonzero()[:, 0], slice(expert * size, (expert + 1) * size)
-            pre[at, own] = F.linear(tokens[at], W_enc[own], b_enc[own])
+            pre[at, own] = pre_activations(tokens[at], W_enc[own], b_enc[own])
         chosen = torch.arange(len(W_enc), device=x.device) // size == route.expert[:, None]
         active = torch.where(chosen, activation(pre), 0.0)
         return (active * route.probability[:, None]).view(*x.shape[:-1], len(W_enc))
@@ -186,19 +202,20 @@ class Kronecker(Encoding):
         return by_head[..., : self.m, None], by_head[..., None, self.m :]
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, activation: Activation) -> Float[Tensor, "... n"]:
-        p, q = self.all_pairs(torch.relu(F.linear(x, W_enc, b_enc)))
+        p, q = self.all_pairs(torch.relu(pre_activations(x, W_enc, b_enc)))
         product = (p * q).flatten(-3)
         both = product > 0
         return activation(torch.where(both, product, 1.0).sqrt() * both)  # never the root of 0: it has no gradient
 
     def rows(self, features: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
         first, second = self.pair(features, len(W_enc))
-        p, q = ((W_enc[row] * x).sum(-1) + b_enc[row] for row in (first, second))
+        of_p, of_q = W_enc[first].to(x.dtype), W_enc[second].to(x.dtype)
+        p, q = (of_p * x).sum(-1) + b_enc[first], (of_q * x).sum(-1) + b_enc[second]
         both = (p > 0) & (q > 0)
         ratio = torch.where(both, q, 1.0).sqrt() / torch.where(both, p, 1.0).sqrt()
         to_p, to_q = 0.5 * ratio * both, 0.5 / ratio * both
         return (
-            to_p[:, None] * W_enc[first] + to_q[:, None] * W_enc[second],
+            to_p[:, None] * of_p + to_q[:, None] * of_q,
             to_p * b_enc[first] + to_q * b_enc[second],
         )
 

@@ -15,10 +15,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from circuits import attribute
-from replacement import ReplacementModel, formats
+from replacement import ReplacementModel, encoding, formats
 from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
-from tests.tiny import PROMPT, random_set
+from replacement.finite import all_finite
+from tests.tiny import ENCODERS, PROMPT, random_set
 
 CFG = SimpleNamespace(n_layers=3, d_model=24)
 KINDS = ("transcoder", "skip_transcoder", "cross_layer_transcoder")
@@ -303,18 +304,51 @@ def test_find_names_what_there_is(tmp_path):
         formats.find(None, tmp_path, "m")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *ENCODERS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoders_stay_as_stored_and_their_rows_are_converted(kind, dtype, tiny_model, tmp_path):
-    """All of a decoder may be more than there is memory: nothing copies it on the way from the file to a trace."""
+def test_weights_stay_as_stored_and_their_rows_are_converted(kind, dtype, tiny_model, tmp_path):
+    """All of a set may be more than there is memory: nothing copies it on the way from the file to a trace."""
     formats.save(random_set("llama", kind, "relu", CFG), tmp_path, dtype=dtype)
     loaded, whole = (formats.load(tmp_path) for _ in range(2))
-    stored = [(d.W_dec.data_ptr(), d.W_dec.dtype) for d in loaded]
+    stored = [(rows.data_ptr(), rows.dtype) for d in loaded for rows in (d.W_enc, d.W_dec)]
     model = ReplacementModel(tiny_model("llama", "neurons").bridge, loaded, name="llama")
-    assert [(d.W_dec.data_ptr(), d.W_dec.dtype) for d in model.dictionaries] == stored
+    assert [(rows.data_ptr(), rows.dtype) for d in model.dictionaries for rows in (d.W_enc, d.W_dec)] == stored
     assert {kept for _, kept in stored} == {getattr(torch, dtype)}
     for dictionary in whole:
         dictionary.to(torch.float64)
     usual = ReplacementModel(tiny_model("llama", "neurons").bridge, whole, name="llama")
     edges = [attribute(each, PROMPT).dense_adjacency() for each in (model, usual)]
     np.testing.assert_array_equal(*edges)
+
+
+@pytest.mark.parametrize("kind", ["transcoder", *ENCODERS])
+def test_rows_converted_a_few_at_a_time_encode_alike(kind, monkeypatch):
+    """Activations and their gradients are those of rows that were converted all at once."""
+    monkeypatch.setattr(encoding, "CONVERTED_AT_ONCE", 7 * CFG.d_model)
+    (short, *_), (whole, *_) = (random_set("llama", kind, "relu", CFG) for _ in range(2))
+    short.W_enc.data = short.W_enc.to(torch.bfloat16)
+    whole.W_enc.data = short.W_enc.float()
+    x = torch.randn(2, 5, CFG.d_model, generator=torch.Generator().manual_seed(0))
+    results = []
+    for dictionary in (short, whole):
+        leaf = x.clone().requires_grad_()
+        encoded = dictionary.encode(leaf)
+        encoded.sin().sum().backward()
+        results.append((encoded.detach(), leaf.grad))
+    for found, expected in zip(*results, strict=True):
+        assert expected.any()
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_number_that_is_not_finite_is_found(dtype, bad):
+    """Wherever it stands, beside others too."""
+    assert all_finite(torch.zeros(0, 3, dtype=dtype)) and all_finite(torch.tensor(torch.finfo(dtype).max, dtype=dtype))
+    for place in range(70):
+        values = torch.linspace(-3, 3, 70, dtype=dtype)
+        assert all_finite(values)
+        values[place] = bad
+        assert not all_finite(values) and not all_finite(values.view(7, 10).T)
+        values[place - 1] = torch.nan
+        assert not all_finite(values)

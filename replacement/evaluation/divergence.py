@@ -59,7 +59,8 @@ class DivergenceMeter:
         if steps < 1:
             raise InputError(f"DivergenceMeter(steps={steps}): needs at least 1")
         self.crosscoder, self.steps = crosscoder, steps
-        rows, bias = crosscoder.W_dec.detach(), crosscoder.b_dec.detach()
+        bias = crosscoder.b_dec.detach()
+        rows = crosscoder.W_dec.detach().to(bias.dtype)
         self._rows, self._bias = rows[:, 1] - rows[:, 0], bias[1] - bias[0]
         self._features = torch.zeros(crosscoder.n_features, dtype=torch.float64, device=rows.device)
         self._total = self._biases = self._path = 0.0
@@ -79,7 +80,7 @@ class DivergenceMeter:
         device, exact = self._rows.device, torch.promote_types(first.dtype, torch.float32)
         first, second = first.to(exact), second.to(exact)
         with torch.no_grad():
-            x = torch.cat([first[keep], second[keep]], 1).to(self.crosscoder.W_enc)
+            x = torch.cat([first[keep], second[keep]], 1).to(self.crosscoder.b_enc)
             fired = self.crosscoder.encode(x)
             wanted = _log_probabilities(go_on(second)[keep])
             self._total += float(_divergence(wanted, go_on(first)[keep]))

@@ -129,7 +129,7 @@ class LatentScaling:
     ) -> Float[Tensor, "tokens n_features"]:
         """Take both models' activations at the same tokens; returns the features' activations there."""
         x = torch.cat([base.float(), tuned.float()], 1).to(self.rows.device)
-        encoded = self.crosscoder.encode(x.to(self.crosscoder.W_enc.dtype))
+        encoded = self.crosscoder.encode(x.to(self.crosscoder.b_enc.dtype))
         f = encoded.double()
         written = torch.einsum("tn,nmd->tmd", f, self.rows)
         missed = x.double().unflatten(1, (2, -1)) - written - self.crosscoder.b_dec.double()

@@ -73,7 +73,7 @@ def _activation(config: dict[str, Any], threshold: Tensor | None, path: Path) ->
 
 def _load_transcoder(folder: Path, layer: int, config: dict[str, Any]) -> Dictionary:
     path = folder / f"layer_{layer}.safetensors"
-    tensors = read_tensors(path, as_stored=["W_dec"])
+    tensors = read_tensors(path, as_stored=["W_enc", "W_dec"])
     require_known(tensors, ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "activation_function.threshold"), path)
     return Transcoder(
         layer=layer,
@@ -90,7 +90,8 @@ def _load_transcoder(folder: Path, layer: int, config: dict[str, Any]) -> Dictio
 
 def _load_cross_layer(folder: Path, layer: int, config: dict[str, Any]) -> Dictionary:
     path, decoder_path = folder / f"W_enc_{layer}.safetensors", folder / f"W_dec_{layer}.safetensors"
-    tensors, decoder = read_tensors(path), read_tensors(decoder_path, as_stored=[f"W_dec_{layer}"])
+    tensors = read_tensors(path, as_stored=[f"W_enc_{layer}"])
+    decoder = read_tensors(decoder_path, as_stored=[f"W_dec_{layer}"])
     require_known(tensors, [f"{name}_{layer}" for name in ("W_enc", "b_enc", "b_dec", "threshold")], path)
     require_known(decoder, [f"W_dec_{layer}"], decoder_path)
     return CrossLayerTranscoder(

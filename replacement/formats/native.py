@@ -21,6 +21,7 @@ from replacement.crosscoder import Crosscoder
 from replacement.dictionary import Dictionary, DictionarySet, LearnedDictionary
 from replacement.encoding import LINEAR, Encoding, Linear, build_encoding
 from replacement.errors import InputError
+from replacement.finite import all_finite
 from replacement.formats.drafts import Drafts
 from replacement.formats.tensors import Rows, read_tensors, require_known, row_slices, take, write_tensors
 from replacement.transcoder import Transcoder
@@ -134,7 +135,7 @@ def _load_one(folder: Path, config_path: Path, entry: Any) -> Dictionary:
     if Path(entry["file"]).name != entry["file"] or not entry["file"].isprintable():
         raise InputError(f"{config_path}: file {entry['file']!r} must lie in the folder itself")
     path = folder / entry["file"]
-    tensors = read_tensors(path, as_stored=["W_dec"])
+    tensors = read_tensors(path, as_stored=["W_enc", "W_dec"])
     of = _CLASS_OF[entry["kind"]]
     require_known(tensors, [*TENSORS[: None if of is Transcoder else -1], *ROUTER, "threshold"], path)
     bias_axes = 2 if of is Crosscoder else 1
@@ -213,7 +214,7 @@ def _stored(dictionary: LearnedDictionary, dtype: torch.dtype, pieces: Pieces) -
 def _converted(dictionary: LearnedDictionary, name: str, to: torch.dtype, source: Pieces) -> Iterator[Tensor]:
     for piece in source(dictionary, name):
         converted = piece.to(device="cpu", dtype=to)
-        if name != "threshold" and not torch.stack(torch.aminmax(converted)).isfinite().all():
+        if name != "threshold" and not all_finite(converted):
             raise InputError(
                 f"save: {name} of layer {dictionary.layer} has values that are not finite in {to}; pass float32"
             )
