@@ -26,7 +26,6 @@ from replacement.training import (
 from replacement.training.clusters import cluster_detectors
 from replacement.training.kinds import MLP_IN, MLP_OUT, hook
 from replacement.training.reconstruction import learning_rate_factor
-from replacement.training.source import Position, Stream
 
 D_MODEL, N_LAYERS = 16, 2
 
@@ -216,27 +215,6 @@ def test_features_start_as_detectors_of_clusters() -> None:
     hits = member.T @ fires.float()
     f1 = 2 * hits / (fires.sum(0) + member.sum(0)[:, None])
     assert (f1.amax(1) > 0.9).float().mean() > 0.7
-
-
-def test_a_stream_serves_every_token_of_a_buffer_once_and_goes_on_anywhere() -> None:
-    """The buffer's tokens come whole and shuffled across its batches; what comes next depends on the position alone."""
-    source, name = ToyMLPs(), hook(0, MLP_IN)
-    size = 2 * ToyMLPs.tokens * 2 * N_LAYERS * D_MODEL * 4
-
-    def stream(position: Position) -> Stream:
-        made = Stream(source, buffer_bytes=size, batch_tokens=48, seed=3)
-        made.position = position
-        return made
-
-    one = stream(Position())
-    assert one.block_batches == 2
-    served = [one.next()[name] for _ in range(8)]
-    wanted = torch.cat([source.batch(i)[name] for i in (2, 3)])
-    assert torch.equal(torch.cat(served[4:]).sort(0).values, wanted.sort(0).values)
-    assert not torch.equal(torch.cat(served[4:]), wanted)
-    assert torch.equal(stream(Position(1, 2)).next()[name], served[6])
-    with pytest.raises(InputError, match="raise buffer_bytes or lower batch_tokens"):
-        Stream(source, buffer_bytes=1, batch_tokens=200, seed=0).next()
 
 
 def test_the_learning_rate_rises_stays_and_falls() -> None:

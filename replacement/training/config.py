@@ -27,6 +27,9 @@ DEAD = ("auxk", "resample", "ghost", "preactivation", "none")
 STARTS = ("random", "samples", "clusters")
 """Where features start; `replacement.training.starts` holds the meaning."""
 
+START_TOKENS = 24_576
+"""Tokens that features start from, and scales are estimated on."""
+
 
 class Settings:
     """A frozen dataclass that travels as JSON."""
@@ -210,6 +213,11 @@ class TrainingConfig(Settings):
     def steps(self) -> int:
         """Optimiser steps of the run."""
         return self.tokens // self.batch_tokens
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens that a run looks at: to start from, to train on, and the batch that it calibrates on."""
+        return max(START_TOKENS, self.tokens + self.batch_tokens)
 
     @property
     def widths(self) -> tuple[int, ...]:

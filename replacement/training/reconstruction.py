@@ -14,14 +14,14 @@ from torch import Tensor
 
 from replacement.errors import InputError
 from replacement.training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
-from replacement.training.config import TrainingConfig
+from replacement.training.config import START_TOKENS, TrainingConfig
 from replacement.training.kinds import Plan
 from replacement.training.parallel import ALONE, Mesh
 from replacement.training.report import Clock, Listener, Record, bar_listener
 from replacement.training.source import ActivationSource, Stream
 from replacement.training.trainee import Losses, Trainee
 
-_CALIBRATION_TOKENS, _START_TOKENS = 4096, 24576
+_CALIBRATION_TOKENS = 4096
 _CLIP = 1.0  # largest norm of the gradient
 
 
@@ -57,10 +57,11 @@ def train(
         buffer_bytes=config.buffer_bytes,
         batch_tokens=config.batch_tokens,
         seed=config.seed,
+        tokens=config.tokens_read,
         mesh=mesh,
         device=device,
     )
-    trainee = Trainee(planned, stream.sample(_START_TOKENS), config, mesh)
+    trainee = Trainee(planned, stream.sample(START_TOKENS), config, mesh)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
     done = 0
     if checkpoint is not None and has_checkpoint(checkpoint):

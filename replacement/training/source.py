@@ -6,6 +6,7 @@ whoever has one writes a source.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -38,18 +39,30 @@ class Position(NamedTuple):
     place: int = 0  #: batches of the block that have been served
 
 
-def batches_in(buffer_bytes: int, first: Activations) -> int:
-    """How many source batches one buffer holds, counted by the size of the first of them."""
+SPARE = 1.1
+"""Tokens that a buffer holds of those that a whole run reads, where it could hold more: batches differ in size."""
+
+
+def batches_in(buffer_bytes: int, first: Activations, *, tokens: int | None = None) -> int:
+    """How many source batches one buffer holds, counted by the size of the first of them.
+
+    tokens: that will be read; no more than these are harvested at once.
+    """
     size = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
-    return max(1, buffer_bytes // max(1, size))
+    fit = max(1, buffer_bytes // max(1, size))
+    if tokens is None:
+        return fit
+    each = max(1, len(next(iter(first.values()))))
+    return min(fit, math.ceil(SPARE * tokens / each))
 
 
 class Stream:
     """Batches of one size, drawn without replacement from a shuffled buffer of many source batches.
 
-    The buffer holds as many source batches as fit `buffer_bytes` (at least one), is shuffled across all their
-    sequences, and is read to its end before the next one is loaded; what does not fill a batch is left out. What comes
-    next is a function of source, sizes, seed and position.
+    The buffer holds as many source batches as fit `buffer_bytes` (at least one, and no more than hold the `tokens` that
+    will be read), is shuffled across all their sequences, and is read to its end before the next one is loaded; what
+    does not fill a batch is left out. Batches are copied into it as they come. What comes next is a function of source,
+    sizes, seed and position.
 
     Several processes harvest a buffer together, each its share of the source's batches, hold it together, each the
     tokens that it sees, and are served their shares of the batches that one process would be served.
@@ -62,6 +75,7 @@ class Stream:
         buffer_bytes: int,
         batch_tokens: int,
         seed: int,
+        tokens: int | None = None,
         mesh: Mesh = ALONE,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -73,7 +87,8 @@ class Stream:
         self.source, self.batch_tokens, self.seed, self.mesh, self.device = source, batch_tokens, seed, mesh, device
         first = source.batch(0)
         self._like = {name: tensor[:0].cpu() for name, tensor in first.items()}
-        self.block_batches = batches_in(buffer_bytes, first)  #: source batches of one buffer
+        self._usual = len(next(iter(first.values())))  # tokens of a source batch
+        self.block_batches = batches_in(buffer_bytes, first, tokens=tokens)  #: source batches of one buffer
         self.position = Position()
         self._loaded = -1
         self._content: dict[str, Tensor] = {}
@@ -108,15 +123,18 @@ class Stream:
     def _load(self, block: int) -> None:
         if block == self._loaded:
             return
-        self._content = {}
+        self._content = {}  # before anything of the next one is there
         world = self.mesh.world
-        own = range(world.place, self.block_batches, world.size)
-        parts = [self.source.batch(block * self.block_batches + i) for i in own]
-        self._content = {
-            name: torch.cat([like, *(part[name].cpu() for part in parts)]) for name, like in self._like.items()
-        }
         sizes = torch.zeros(self.block_batches, dtype=torch.long)
-        sizes[world.place :: world.size] = torch.tensor([len(next(iter(part.values()))) for part in parts])
+        own = range(world.place, self.block_batches, world.size)
+        pool = {name: _Growing(like, len(own) * self._usual) for name, like in self._like.items()}
+        for i in own:
+            batch = self.source.batch(block * self.block_batches + i)
+            sizes[i] = len(next(iter(batch.values())))
+            for name, rows in pool.items():
+                rows.add(batch[name])
+        self._content = {name: rows.whole() for name, rows in pool.items()}
+        del pool
         sizes = world.total(sizes)
         self._tokens = int(sizes.sum())
         if self._tokens < self.batch_tokens:
@@ -129,5 +147,23 @@ class Stream:
         if world.size > 1:
             holder = torch.arange(self.block_batches).repeat_interleave(sizes) % world.size
             exchange = Exchange(holder, self._order, self.mesh)
-            self._content = {name: exchange(tensor) for name, tensor in self._content.items()}
+            for name in self._content:  # one site's old tokens and new at a time
+                self._content[name] = exchange(self._content[name])
             self._order = torch.arange(len(next(iter(self._content.values()))))
+
+
+class _Growing:
+    """Rows that are added one after another to a tensor that has room for as many as are expected, or makes it."""
+
+    def __init__(self, like: Tensor, room: int) -> None:
+        self.rows, self.filled = like.new_empty(room, *like.shape[1:]), 0
+
+    def add(self, rows: Tensor) -> None:
+        end = self.filled + len(rows)
+        if end > len(self.rows):
+            self.rows.resize_(max(end, len(self.rows) * 9 // 8), *self.rows.shape[1:])
+        self.rows[self.filled : end].copy_(rows)
+        self.filled = end
+
+    def whole(self) -> Tensor:
+        return self.rows[: self.filled]

@@ -34,7 +34,7 @@ def fill_cache(
     """
     dtype = torch.bfloat16 if held.dtype == "bfloat16" else torch.float32  # as exact as what is stored, and no wider
     first = CachedActivations(folder, dtype=dtype).batch(0) if held.batches else source.batch(0)
-    block = batches_in(config.buffer_bytes, {site: x.to(dtype) for site, x in first.items()})
+    block = batches_in(config.buffer_bytes, {site: x.to(dtype) for site, x in first.items()}, tokens=config.tokens_read)
     write = partial(write_activations, source, folder, model=held.model, fingerprint=held.fingerprint, dtype=held.dtype)
     mesh.wait()  # all have looked at the folder
     with progress_bar(show=show_progress and mesh.is_first and held.tokens < config.tokens) as bar:
