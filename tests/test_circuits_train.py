@@ -22,7 +22,7 @@ from circuits.settings import fields
 from graphs import AttributionGraph
 from replacement import formats
 from replacement.loading import load_bridge
-from replacement.training import TrainingConfig, plans, reconstruction
+from replacement.training import EndToEndConfig, TrainingConfig, plans, reconstruction
 from replacement.training.bridge import ReplaceableBridge
 from replacement.training.checkpoint import write_checkpoint
 from replacement.training.config import KINDS
@@ -76,7 +76,8 @@ def test_other_encoders_are_trained_and_traced_like_the_linear_one(
     """The run ends in a folder that says which encoder it holds; traced, its rows add up."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     out = tmp_path / "run"
-    more = ("--kind", kind, "--encoder", encoder, "--experts", "4", "--pairs", "2,2", "--tokens", "12800")
+    own = {"switch": ("--experts", "4"), "kronecker": ("--pairs", "2,2")}[encoder]
+    more = ("--kind", kind, "--encoder", encoder, *own, "--tokens", "12800")
     assert main(command(place, out, *more, "--end-to-end", "3")) == 0
     assert {one.encoding.name for one in formats.load(out)} == {encoder}
     traced = ["trace", PROMPT, "--model", str(place / "model"), "--dictionaries", str(out)]
@@ -223,6 +224,31 @@ def test_flags_are_the_fields_of_the_settings() -> None:
     read = {field.name: field.default for field in fields("replacement.training.config:TrainingConfig")}
     assert read == {field.name: field.default for field in dataclasses.fields(TrainingConfig)}
     assert all(field.text for field in fields("replacement.training.config:TrainingConfig"))
+
+
+def test_the_last_stages_flags_are_its_fields_too(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """All of them reach the stage; without the stage they are refused, not ignored."""
+    own = dataclasses.fields(EndToEndConfig)
+    read = {field.name: field.default for field in fields("replacement.training.config:EndToEndConfig")}
+    assert read == {field.name: field.default for field in own}
+    seen = []
+    monkeypatch.setattr(
+        "replacement.training.run.run", lambda bridge, **given: seen.append(given["end_to_end"]) or 1 / 0
+    )
+    values = {"steps": 3, "documents": 5, "k": 2, "layers": (0, 1), "seed": 7}
+    values |= {field.name: 0.5 for field in own if field.type == "float"} | {"warmup_steps": 4}
+    named = {"steps": "--end-to-end", "bridging_weight": "--bridging-weight"}
+    flags = []
+    for name, value in values.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        flags += [named.get(name, f"--end-to-end-{name.replace('_', '-')}"), text]
+    with pytest.raises(ZeroDivisionError):
+        main(command(place, tmp_path / "run", *flags))
+    assert set(values) == {field.name for field in own} and seen == [EndToEndConfig(**values)]
+    for flag, text in zip(flags[2::2], flags[3::2], strict=True):
+        capsys.readouterr()
+        assert main(command(place, tmp_path / "run", flag, text)) == 2
+        assert f"error: {flag} {text}: is of the last stage; add --end-to-end STEPS" in capsys.readouterr().err
 
 
 def test_a_bridge_that_is_replaced_by_its_own_values_is_unchanged(place: Path) -> None:

@@ -224,32 +224,6 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert all(a >= b for a, b in pairwise(factors[5:]))
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"n_features": 30}, "multiple of 8"),
-        ({"n_features": (64, 30)}, "multiple of 8"),
-        ({"n_features": (64, 32), "prefixes": (32,)}, "leave n_features itself out"),
-        ({"n_features": (64, 32), "k": (4, 4, 4)}, "needs one number each"),
-        ({"n_features": ()}, "needs one number each"),
-        ({"n_features": [64, 32]}, "needs an int, or a tuple"),
-        ({"n_features": 64.0}, "needs an int, or a tuple"),
-        ({"prefixes": (32, 16)}, "ascending sizes"),
-        ({"prefixes": (64,)}, "leave n_features itself out"),
-        ({"prefixes": (63,)}, r"parts have \[63, 1\] features and the last must be the largest"),
-        ({"k": 0}, "between 1 and n_features"),
-        ({"tokens": 3}, "less than one batch"),
-        ({"kind": "sea"}, "needs one of transcoder"),
-        ({"sparsity": "topk", "floor": 0.1}, "belongs to sparsity='batchtopk'"),
-        ({"layers": (1, 0)}, "ascending layers"),
-        ({"learning_rate": 0.0}, "must be above 0"),
-    ],
-)
-def test_contradictory_settings_are_named(changes: dict, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        toy_config(**changes)
-
-
 class ToyModel:
     """A residual stream of two MLPs between a fixed embedding and unembedding."""
 

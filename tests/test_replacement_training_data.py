@@ -136,6 +136,30 @@ def test_data_that_is_not_there_gets_one_line(data: str, message: str):
     assert "\n" not in str(caught.value)
 
 
+def test_half_a_character_of_json_becomes_the_sign_for_one(tmp_path: Path):
+    """JSON can say lone surrogates, and scraped texts have them; no tokenizer takes them."""
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "a \\ud800 b \\ud83d\\ude00 c"}\n')
+    assert list(open_documents(str(path), text_field="text").read(0)) == ["a \ufffd b \U0001f600 c"]
+
+
+@pytest.mark.parametrize("name", ["data.parquet", "text.txt.gz", "tokens.NPY"])
+def test_files_that_are_no_text_are_told_by_their_name(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(b"text, for once")
+    with pytest.raises(InputError, match="is no text file; unpack it, or pass its folder as hf:FOLDER"):
+        open_documents(str(tmp_path / name), text_field="text")
+
+
+def test_json_is_read_by_lines_and_an_array_is_refused(tmp_path: Path):
+    """Not trained on as it is written."""
+    path = tmp_path / "data.json"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert list(open_documents(str(path), text_field="text").read(0)) == ["one", "two"]
+    path.write_text('[{"text": "one"},\n {"text": "two"}]\n')
+    with pytest.raises(InputError, match="line 1: is not JSON"):
+        list(open_documents(str(path), text_field="text").read(0))
+
+
 def test_a_hub_out_of_reach_gets_one_line(monkeypatch: pytest.MonkeyPatch):
     def offline(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no route\nto host")

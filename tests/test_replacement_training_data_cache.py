@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from replacement.errors import InputError
 from replacement.training.data import CachedActivations, cache, storage, storage_cost, write_activations
@@ -45,7 +47,7 @@ class Toy:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 3000, 10**9])
@@ -68,7 +70,7 @@ def test_stored_batches_are_the_sources_up_to_rounding(tmp_path: Path, dtype: st
             }[dtype]
             assert found[site].dtype == torch.float32
             assert ((found[site] - x).abs() <= bound).all()
-    names = {path.name for path in tmp_path.iterdir()}
+    names = set(files(tmp_path))
     shards = {1: 7, 3000: len(stored.index.shards), 10**9: 1}[shard_bytes]
     assert names == {"index.json", *(f"shard-{number:05d}.safetensors" for number in range(shards))}
 
@@ -164,6 +166,24 @@ def test_a_full_disk_gets_one_line_and_keeps_whole_shards(tmp_path: Path, monkey
         write_activations(Toy(), tmp_path, batches=9, shard_bytes=1, **SETTINGS)
     assert set(files(tmp_path)) == {"index.json", "shard-00000.safetensors", "shard-00001.safetensors"}
     assert write_activations(Toy(), tmp_path, batches=9, shard_bytes=1, **SETTINGS).n_batches == 9
+
+
+def test_two_processes_fill_one_folder_together(tmp_path: Path):
+    """One of them writes at a time, the other goes on after it."""
+    with ThreadPoolExecutor(4) as pool:
+        given = {"shard_bytes": 1, **SETTINGS}
+        found = list(pool.map(lambda n: write_activations(Toy(), tmp_path, batches=n, **given), [9, 7, 9, 4]))
+    assert all(one.n_batches >= n for one, n in zip(found, [9, 7, 9, 4], strict=True))
+    alone = write_activations(Toy(), tmp_path / "alone", batches=9, shard_bytes=1, **SETTINGS)
+    assert files(alone.folder) == {name: data for name, data in files(tmp_path).items() if name != "alone"}
+
+
+def test_a_shard_of_another_width_is_damaged(tmp_path: Path):
+    write_activations(Toy(), tmp_path, batches=1, shard_bytes=1, **SETTINGS)
+    path = cache.shard_path(tmp_path, 0)
+    save_file({name: tensor[:, 1:].contiguous() for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(InputError, match=r"is damaged \(ValueError: .* has not the shape that the index says\)"):
+        CachedActivations(tmp_path).batch(0)
 
 
 def test_activations_that_are_not_finite_are_told_and_the_shards_before_stay(tmp_path: Path):

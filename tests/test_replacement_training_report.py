@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from replacement.errors import InputError
-from replacement.training.report import Record, dashboard
+from replacement.training.report import JSONLog, Record, dashboard
 
 FIGURES = {"loss": 0.5, "fvu": 0.25, "l0": 16.0, "dead": 0.125, "learning_rate": 1e-3, "seconds": 2.0, "tokens": 40}
 
@@ -78,3 +79,22 @@ def test_a_dashboard_that_is_not_there_is_told_in_one_line(tmp_path: Path, monke
         dashboard("trackio", tmp_path, {})
     with pytest.raises(InputError, match="needs one of tensorboard, wandb, trackio"):
         dashboard("aim", tmp_path, {})
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_dashboard_that_refuses_is_told_in_one_line(name: str, tmp_path: Path, monkeypatch) -> None:
+    """Nobody logged in, no network: whatever class of error it has for that."""
+
+    def init(**_) -> None:
+        raise RuntimeError("api_key not configured (no-tty).\n call login()")
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
+    with pytest.raises(InputError, match=rf"dashboard '{name}': cannot begin \(RuntimeError: api_key not .*\); log in"):
+        dashboard(name, tmp_path, {})
+
+
+def test_a_log_of_other_bytes_is_read_as_far_as_it_can_be(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"stage": "reconstruction", "step": 1}\n7\n{"stage": "recon\xff\xfe\n')
+    JSONLog(path)(record(2))
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,10 @@ PROCESSES = "replacement.training.parallel:processes"
 SETTINGS, LAST = (f"replacement.training.config:{name}" for name in ("TrainingConfig", "EndToEndConfig"))
 FLAGS = {"n_features": "--features"}
 """Fields whose flag is not their own name."""
+LAST_FLAGS = {"bridging_weight": "--bridging-weight"}
+"""The same of the last stage, whose other flags begin with `--end-to-end-`."""
+LAST_DEFAULTS = {"other_share": 1.0}
+"""Of the last stage where they are not the field's own: in running text every token is an answer."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     add(model, RUN, "--text-field", "of JSON objects", metavar="NAME")
     add(model, RUN, "--context", "tokens of a row, at most the model's", type=int, metavar="N")
+    add(model, RUN, "--documents", "rows of one forward pass", type=int, metavar="N")
     text = "folder that keeps activations: what it lacks is written, what it has is read and the model not run for it"
     add(model, RUN, "--cache", text, type=Path, metavar="DIR")
     text = "how a cache keeps them: bfloat16, float32, int8_token or int8_channel"
@@ -48,24 +54,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
             type=_reader(field),
             default=field.default,
             metavar=_metavar(field),
-            help=f"{field.text.rstrip('.').replace('%', '%%')} (default: {_shown(field.default)})",
+            help=f"{_told(field)} (default: {_shown(field.default)})",
         )
-    last = parser.add_argument_group("last stage, end to end")
-    last.add_argument(
-        "--end-to-end",
-        type=int,
-        default=0,
-        metavar="STEPS",
-        help="then train the replaced model's predictions towards the original's for so many steps (default: none)",
-    )
-    bridging = next(field for field in fields(LAST) if field.name == "bridging_weight")
-    last.add_argument(
-        "--bridging-weight",
-        type=float,
-        default=bridging.default,
-        metavar="W",
-        help="weight of half replaced models there",
-    )
+    _configure_last(parser.add_argument_group("last stage, end to end"))
     many = parser.add_argument_group("many processes: torchrun --nproc-per-node N -m circuits train ...")
     text = "processes that share the features of each dictionary; the rest share the tokens of each batch"
     add(many, PROCESSES, "--feature-shards", text, type=int, metavar="M")
@@ -73,6 +64,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     out.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DIR", help="folder; a stopped run goes on there"
     )
+    text = "steps after which the run is kept; Ctrl-C keeps the last one"
+    add(out, RUN, "--checkpoint-every", text, type=int, metavar="STEPS")
     out.add_argument(
         "--log",
         action="append",
@@ -82,6 +75,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _configure_last(last: argparse._ActionsContainer) -> None:
+    """Every field of `EndToEndConfig` is a flag, its steps `--end-to-end`."""
+    last.add_argument(
+        "--end-to-end",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="then train the replaced model's predictions towards the original's for so many steps (default: none)",
+    )
+    for field in fields(LAST):
+        if field.name != "steps":
+            last.add_argument(
+                _last_flag(field),
+                dest=_last_name(field),
+                type=_reader(field),
+                default=_last_default(field),
+                metavar=_metavar(field),
+                help=f"{_told(field)} (default: {_shown(_last_default(field))})",
+            )
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Train, and say what came of it."""
     started = perf_counter()
@@ -89,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     from replacement.training.config import EndToEndConfig, TrainingConfig
 
     config = TrainingConfig.from_mapping({field.name: getattr(arguments, field.name) for field in fields(SETTINGS)})
-    last = EndToEndConfig(steps=arguments.end_to_end, bridging_weight=arguments.bridging_weight, other_share=1.0)
+    last = EndToEndConfig.from_mapping({"steps": arguments.end_to_end, **_of_last_stage(arguments)})
     from replacement.loading import load_bridge
     from replacement.model import DTYPES
     from replacement.training import run as training
@@ -99,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
         from replacement.errors import InputError
 
         raise InputError(f"--dtype {arguments.dtype!r}: needs one of {', '.join(DTYPES)}")
-    with processes(feature_shards=arguments.feature_shards) as mesh:
+    with processes(feature_shards=arguments.feature_shards) as mesh, _kept(arguments.output):
         bridge, _ = load_bridge(arguments.model, DTYPES[arguments.dtype], local_device(arguments.device))
         finished = training.run(
             bridge,
@@ -109,15 +123,29 @@ def run(arguments: argparse.Namespace) -> None:
             out=arguments.output,
             end_to_end=last if arguments.end_to_end else None,
             context=arguments.context,
+            documents=arguments.documents,
             text_field=arguments.text_field,
             cache=arguments.cache,
             cache_dtype=arguments.cache_dtype,
             dashboards=arguments.log,
+            checkpoint_every=arguments.checkpoint_every,
             show_progress=not arguments.json,
             mesh=mesh,
         )
     if mesh.is_first:
         _report(finished, arguments, perf_counter() - started)
+
+
+@contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Say what Ctrl-C leaves."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not (out / "training.json").exists():
+            raise
+        kept = str(stop) or "what was kept before is still there"
+        raise KeyboardInterrupt(f"{kept}, in {out}; the same command goes on") from stop
 
 
 def _report(finished: Finished, arguments: argparse.Namespace, seconds: float) -> None:
@@ -146,6 +174,36 @@ def _flag(field: Field) -> str:
     return FLAGS.get(field.name, f"--{field.name.replace('_', '-')}")
 
 
+def _last_flag(field: Field) -> str:
+    return LAST_FLAGS.get(field.name, f"--end-to-end-{field.name.replace('_', '-')}")
+
+
+def _last_name(field: Field) -> str:
+    return f"end_to_end_{field.name}"
+
+
+def _last_default(field: Field) -> Any:
+    return LAST_DEFAULTS.get(field.name, field.default)
+
+
+def _of_last_stage(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The last stage's settings but for its steps; raises `InputError` where some are given and it is not asked for."""
+    from replacement.errors import InputError
+
+    given = {}
+    for field in fields(LAST):
+        if field.name == "steps":
+            continue
+        given[field.name] = value = getattr(arguments, _last_name(field))
+        if not arguments.end_to_end and value != _last_default(field):
+            raise InputError(f"{_last_flag(field)} {_shown(value)}: is of the last stage; add --end-to-end STEPS")
+    return given
+
+
+def _told(field: Field) -> str:
+    return field.text.rstrip(".").replace("%", "%%")
+
+
 def _metavar(field: Field) -> str:
     return {"str": "NAME", "float": "X"}.get(field.type, "N,N,..." if "tuple" in field.type else "N")
 
@@ -157,7 +215,7 @@ def _shown(value: Any) -> str:
 def _reader(field: Field) -> Callable[[str], Any]:
     """What turns a flag's text into the field's value."""
     if "tuple" not in field.type:
-        return {"str": str, "int": int, "float": float}[field.type]
+        return {"str": str, "int": int, "float": float}[field.type.removesuffix(" | None")]
     number = float if "float" in field.type else int
 
     def numbers(text: str) -> Any:

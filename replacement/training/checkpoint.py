@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from replacement.errors import InputError
+from replacement.finite import all_finite
 from replacement.training.config import EndToEndConfig, TrainingConfig
+from replacement.training.folder import ADJUSTABLE, differences
 from replacement.training.parallel import Mesh
 from replacement.training.sharded_checkpoint import Part, folder_of, newest, read_metadata, read_parts, write_parts
 from replacement.training.source import Position
@@ -47,6 +49,12 @@ def write_checkpoint(
     of the file's name without its ending.
     """
     tensors = {f"trainee.{name}": tensor for name, tensor in trainee.state_dict().items()}
+    odd = next((name for name, tensor in tensors.items() if not all_finite(tensor)), "")
+    if trainee.mesh.world.any(torch.tensor(bool(odd))):
+        raise InputError(
+            f"train: {odd.removeprefix('trainee.') or 'a tensor'} is not finite after step {step}; lower learning_rate "
+            "and go on from the last checkpoint"
+        )
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
     metadata = {"step": str(step), "config": config.to_json(), "position": json.dumps(position or Position())}
@@ -87,8 +95,16 @@ def _write_together(
 
 def _unwritten(path: Path, error: BaseException) -> InputError:
     return InputError(
-        f"write_checkpoint({path}): cannot be written ({error}); make room and go on from the last checkpoint"
+        f"write_checkpoint({path}): cannot be written ({_reason(error)}); make room and go on from the last checkpoint"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """The first process's reason where several failed, without their traces."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    words = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return " ".join(words.split())[:200]
 
 
 def _spread(trainee: Trainee) -> Callable[[str, int], bool]:
@@ -119,11 +135,9 @@ def read_checkpoint(
     `InputError` for a damaged file, other settings, or tensors of other shapes.
     """
     metadata, tensors = _read(path, _spread(trainee), trainee.mesh)
-    if metadata.get("config") != config.to_json():
-        raise InputError(
-            f"read_checkpoint({path}): made with other settings{_difference(metadata.get('config'), config)}; "
-            "delete it to start over, or train into another folder"
-        )
+    _require_settings(path, metadata.get("config"), config)
+    if odd := next((name for name, tensor in tensors.items() if not all_finite(tensor)), None):
+        raise InputError(f"read_checkpoint({path}): {odd} has values that are not finite; delete it to start over")
     own = trainee.state_dict()
     state = {name.removeprefix("trainee."): t for name, t in tensors.items() if name.startswith("trainee.")}
     state = {n: t.reshape(()) if n in own and not own[n].ndim and t.numel() == 1 else t for n, t in state.items()}
@@ -134,6 +148,7 @@ def read_checkpoint(
             f"read_checkpoint({path}): {odd} has shape {list(state[odd].shape) if odd in state else 'none'}, this run "
             f"needs {list(own[odd].shape) if odd in own else 'none'}; it belongs to another model or data"
         )
+    _require_moments(path, tensors, trainee)
     trainee.load_state_dict(state)
     moments: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -141,7 +156,7 @@ def read_checkpoint(
             _, index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = tensor.reshape(()) if key == "step" else tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"]), Position(*json.loads(metadata["position"]))
+    return _reached(path, metadata)
 
 
 def _read(path: Path, is_spread: Callable[[str, int], bool], mesh: Mesh) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -174,10 +189,42 @@ def _rows(file: Any, name: str, is_spread: Callable[[str, int], bool], mesh: Mes
     return piece[mesh.features.rows_of(shape[0])]
 
 
-def _difference(stored: str | None, config: TrainingConfig | EndToEndConfig) -> str:
+def _require_settings(path: Path, stored: str | None, config: TrainingConfig | EndToEndConfig) -> None:
+    """Raise InputError unless the settings are those that a checkpoint was made with, but for adjustable ones."""
+    words = ""
     try:
-        old, new = json.loads(stored or ""), json.loads(config.to_json())
-    except ValueError:
-        return ""
-    differ = [f"{name} {old.get(name)} there, {new.get(name)} here" for name in new if old.get(name) != new[name]]
-    return f" ({', '.join(differ[:3])})" if differ else ""
+        differ = differences(json.loads(stored or ""), json.loads(config.to_json()))
+        if not set(differ) - set(ADJUSTABLE):
+            return
+        words = f" ({', '.join([*differ.values()][:3])})"
+    except (ValueError, AttributeError):
+        pass
+    raise InputError(
+        f"read_checkpoint({path}): made with other settings{words}; delete it to start over, or train into another "
+        "folder"
+    )
+
+
+def _require_moments(path: Path, tensors: dict[str, Tensor], trainee: Trainee) -> None:
+    """Raise InputError unless the optimiser's tensors have their parameters' shapes: it would not look."""
+    shapes = [parameter.shape for parameter in trainee.parameters()]
+    for name, tensor in tensors.items():
+        if not name.startswith("optimizer."):
+            continue
+        _, index, key = name.split(".")
+        wanted = shapes[int(index)] if int(index) < len(shapes) else None
+        if wanted is None or (tensor.numel() != 1 if key == "step" else tensor.shape != wanted):
+            raise InputError(
+                f"read_checkpoint({path}): {name} has shape {list(tensor.shape)}, this run needs "
+                f"{'none' if wanted is None else list(wanted)}; it belongs to another model or data"
+            )
+
+
+def _reached(path: Path, metadata: dict[str, str]) -> tuple[int, Position]:
+    try:
+        block, place = json.loads(metadata["position"])
+        return int(metadata["step"]), Position(int(block), int(place))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"read_checkpoint({path}): does not say which step it is of ({error}); delete it to start over"
+        ) from error

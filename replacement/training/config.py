@@ -22,6 +22,17 @@ PENALISED = ("relu", "jumprelu", "gated")
 """Sparsities that a penalty brings about; a controller moves its weight until `k` features a token fire."""
 ENCODERS = ("linear", "switch", "kronecker")
 """How features are made of encoder rows; `replacement.training.schemes` holds the meaning."""
+_BELONGS = {
+    "site": ("kind", ("sae", "crosscoder", "causal_crosscoder")),
+    "penalty": ("sparsity", ("jumprelu",)),
+    "bandwidth": ("sparsity", ("jumprelu",)),
+    "floor": ("sparsity", ("batchtopk",)),
+    "skip_starts": ("kind", ("skip_transcoder",)),
+    "experts": ("encoder", ("switch",)),
+    "balance_weight": ("encoder", ("switch",)),
+    "pairs": ("encoder", ("kronecker",)),
+}
+"""Settings that say something under some values of another one alone: elsewhere they would be ignored in silence."""
 DEAD = ("auxk", "resample", "ghost", "preactivation", "none")
 """What is done for dead features; `replacement.training.dead` holds the meaning."""
 STARTS = ("random", "samples", "clusters")
@@ -131,6 +142,7 @@ class TrainingConfig(Settings):
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)!r}): needs one of {', '.join(known)}")
         if self.penalty not in ("tanh", "quadratic"):
             raise InputError(f"TrainingConfig(penalty={self.penalty!r}): needs one of tanh, quadratic")
+        self._check_belonging()
         if not isinstance(self.n_features, int):
             self._check_each()
             return
@@ -153,8 +165,6 @@ class TrainingConfig(Settings):
             raise InputError(f"TrainingConfig(k={self.k}): needs between 1 and n_features = {self.n_features}")
         if not 0 <= self.floor < 1:
             raise InputError(f"TrainingConfig(floor={self.floor}): must be in [0, 1); for 20 percent pass 0.2")
-        if self.floor and self.sparsity != "batchtopk":
-            raise InputError(f"TrainingConfig(floor={self.floor}): belongs to sparsity='batchtopk'; leave it out")
         if self.batch_tokens < 1 or self.tokens < self.batch_tokens:
             raise InputError(f"TrainingConfig(tokens={self.tokens}): less than one batch of {self.batch_tokens} tokens")
         for name in ("learning_rate", "bandwidth", "buffer_bytes", "dead_k", "dead_after"):
@@ -162,19 +172,25 @@ class TrainingConfig(Settings):
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"TrainingConfig(betas={self.betas}): needs two numbers in [0, 1)")
-        if self.skip_starts and self.kind != "skip_transcoder":
-            raise InputError(
-                f"TrainingConfig(skip_starts={self.skip_starts}): belongs to kind='skip_transcoder'; leave it out"
-            )
         for name in ("decay_fraction", "threshold_memory", "skip_starts"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must be in [0, 1]")
         if not 0 <= self.seed < 1 << 31:
             raise InputError(f"TrainingConfig(seed={self.seed}): needs a whole number in 0..{(1 << 31) - 1}")
-        if self.warmup_steps < 0 or self.dead_weight < 0 or self.balance_weight < 0:
+        if not (self.warmup_steps >= 0 and self.dead_weight >= 0 and self.balance_weight >= 0):  # NaN is not
             raise InputError("TrainingConfig(warmup_steps, dead_weight, balance_weight): must not be negative")
         if self.encoder != "linear":
             self._check_encoder()
+
+    def _check_belonging(self) -> None:
+        """Raise InputError for a setting that the others leave without a meaning."""
+        for name, (decider, values) in _BELONGS.items():
+            default = next(field.default for field in dataclasses.fields(self) if field.name == name)
+            if getattr(self, name) != default and getattr(self, decider) not in values:
+                raise InputError(
+                    f"TrainingConfig({name}={getattr(self, name)!r}): belongs to {decider}="
+                    f"{' or '.join(map(repr, values))}; leave it out"
+                )
 
     def _check_each(self) -> None:
         """Raise InputError for what the settings of any one dictionary contradict."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,9 +20,10 @@ from replacement.training.checkpoint import has_checkpoint, read_checkpoint, wri
 from replacement.training.coder import Coder
 from replacement.training.config import EndToEndConfig
 from replacement.training.parallel import Axis
-from replacement.training.report import Clock, Listener, Record, bar_listener
+from replacement.training.report import Clock, Listener, Record
 from replacement.training.source import Activations
 from replacement.training.trainee import Trainee, l0, unexplained
+from replacement.training.watching import watched
 
 
 class TokenBatch(NamedTuple):
@@ -156,18 +157,7 @@ def train_end_to_end(
     batch: documents by number; step n uses batch n. checkpoint, checkpoint_every, stop_after, listeners: as in `train`.
     Several processes, those of the trainee's mesh, share the documents of a batch.
     """
-    layers = tuple(coder.layer for coder in trainee)
-    chosen = config.layers or layers
-    if not set(chosen) <= set(layers) or (config.k or 0) > min(trainee.config.widths):
-        raise InputError(
-            f"train_end_to_end(layers={config.layers}, k={config.k}): the dictionaries read layers {layers} and have "
-            f"{trainee.config.n_features} features"
-        )
-    mesh = trainee.mesh
-    if config.documents % mesh.data.size:
-        raise InputError(
-            f"train_end_to_end(documents={config.documents}): {mesh.data.size} processes share a batch; pass a multiple"
-        )
+    mesh, chosen = trainee.mesh, _chosen(trainee, config)
     trainee.requires_grad_(False)
     for coder in trainee:
         if coder.layer in chosen:
@@ -181,17 +171,39 @@ def train_end_to_end(
         done, _ = read_checkpoint(checkpoint, trainee=trainee, optimizer=optimizer, config=config)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     clock = Clock()
-    with bar_listener("end to end", done=done, steps=config.steps, show=show_progress and mesh.is_first) as bar:
+    state: Any = {"trainee": trainee, "optimizer": optimizer, "config": config}
+    with watched(
+        "end to end",
+        (done, last, config.steps),
+        checkpoint=checkpoint,
+        keep=lambda path, step: write_checkpoint(path, **state, step=step),
+        every=checkpoint_every,
+        listeners=listeners,
+        show=show_progress,
+        mesh=mesh,
+    ) as after:
         for step in range(done, last):
             rise, fall = min(1.0, (step + 1) / max(1, config.warmup_steps)), 1 - step / config.steps
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * rise * fall
-            record = _update(model, trainee, batch(step), optimizer, step=step, config=config, clock=clock)
-            for listener in (bar, *listeners) if mesh.is_first else ():
-                listener(record)
-            if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == last):
-                write_checkpoint(checkpoint, trainee=trainee, optimizer=optimizer, step=step + 1, config=config)
+            after(_update(model, trainee, batch(step), optimizer, step=step, config=config, clock=clock))
     trainee.use(mesh)
+
+
+def _chosen(trainee: Trainee, config: EndToEndConfig) -> tuple[int, ...]:
+    """Layers that learn; raises `InputError` for settings that the dictionaries or the processes do not fit."""
+    layers = tuple(coder.layer for coder in trainee)
+    chosen = config.layers or layers
+    if not set(chosen) <= set(layers) or (config.k or 0) > min(trainee.config.widths):
+        raise InputError(
+            f"train_end_to_end(layers={config.layers}, k={config.k}): the dictionaries read layers {layers} and have "
+            f"{trainee.config.n_features} features"
+        )
+    if config.documents % (processes := trainee.mesh.data.size):
+        raise InputError(
+            f"train_end_to_end(documents={config.documents}): {processes} processes share a batch; pass a multiple"
+        )
+    return chosen
 
 
 def _update(

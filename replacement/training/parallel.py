@@ -208,6 +208,10 @@ def processes(*, feature_shards: int = 1) -> Iterator[Mesh]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield mesh_of(feature_shards)
+    except RuntimeError as error:  # gloo's errors have no class of their own
+        if started and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise InputError("processes: another process of this run has ended; it says why") from error
+        raise
     finally:
         if started:
             dist.destroy_process_group()

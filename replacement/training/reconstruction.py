@@ -17,9 +17,10 @@ from replacement.training.checkpoint import has_checkpoint, read_checkpoint, wri
 from replacement.training.config import START_TOKENS, TrainingConfig
 from replacement.training.kinds import Plan
 from replacement.training.parallel import ALONE, Mesh
-from replacement.training.report import Clock, Listener, Record, bar_listener
+from replacement.training.report import Clock, Listener, Record
 from replacement.training.source import ActivationSource, Stream
 from replacement.training.trainee import Losses, Trainee
+from replacement.training.watching import watched
 
 _CALIBRATION_TOKENS = 4096
 _CLIP = 1.0  # largest norm of the gradient
@@ -52,15 +53,8 @@ def train(
     Raises `InputError` when the checkpoint belongs to other settings, when activations are not finite, or when the disk
     is full; the last checkpoint stays.
     """
-    stream = Stream(
-        source,
-        buffer_bytes=config.buffer_bytes,
-        batch_tokens=config.batch_tokens,
-        seed=config.seed,
-        tokens=config.tokens_read,
-        mesh=mesh,
-        device=device,
-    )
+    sizes: Any = {name: getattr(config, name) for name in ("buffer_bytes", "batch_tokens", "seed")}
+    stream = Stream(source, **sizes, tokens=config.tokens_read, mesh=mesh, device=device)
     trainee = Trainee(planned, stream.sample(START_TOKENS), config, mesh)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
     done = 0
@@ -68,16 +62,21 @@ def train(
         done, stream.position = read_checkpoint(checkpoint, trainee=trainee, optimizer=optimizer, config=config)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     clock = Clock()
-    with bar_listener("reconstruction", done=done, steps=config.steps, show=show_progress and mesh.is_first) as bar:
+    state: Any = {"trainee": trainee, "optimizer": optimizer, "config": config}
+    with watched(
+        "reconstruction",
+        (done, last, config.steps),
+        checkpoint=checkpoint,
+        keep=lambda path, step: write_checkpoint(path, **state, step=step, position=stream.position),
+        every=checkpoint_every,
+        listeners=listeners,
+        show=show_progress,
+        mesh=mesh,
+    ) as after:
         for step in range(done, last):
             rate = config.learning_rate * learning_rate_factor(step, config)
             losses, total = _update(trainee, optimizer, stream, step=step, rate=rate, config=config)
-            record = _record(losses, total, trainee, step=step + 1, rate=rate, clock=clock, config=config)
-            for listener in (bar, *listeners) if mesh.is_first else ():
-                listener(record)
-            if checkpoint is not None and ((step + 1) % checkpoint_every == 0 or step + 1 == last):
-                state: Any = {"trainee": trainee, "optimizer": optimizer, "config": config}
-                write_checkpoint(checkpoint, **state, step=step + 1, position=stream.position)
+            after(_record(losses, total, trainee, step=step + 1, rate=rate, clock=clock, config=config))
     rows = mesh.data.tokens_of(torch.arange(min(_CALIBRATION_TOKENS, config.batch_tokens)))
     trainee.calibrate({name: tensor[rows] for name, tensor in stream.peek().items()})
     return trainee

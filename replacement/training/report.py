@@ -68,11 +68,13 @@ class JSONLog:
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            found = json.loads(line)
         except ValueError:  # the last line of a run that was killed
             return
+        if isinstance(found, dict):
+            yield found
 
 
 def _before(line: dict[str, Any], record: Record) -> bool:
@@ -99,7 +101,13 @@ def dashboard(name: str, folder: Path, settings: dict[str, Any]) -> Listener:
                 writer.flush()  # what it still holds when the process ends is lost
 
         return scalars
-    run = module.init(project="circuits", name=folder.name, config=settings)
+    try:
+        run = module.init(project="circuits", name=folder.name, config=settings)
+    except Exception as error:  # no login, no network, a server's own: their classes are their own
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"dashboard {name!r}: cannot begin ({type(error).__name__}: {reason}); log in there, or leave it out"
+        ) from error
 
     def log(record: Record) -> None:
         run.log({f"{record.stage}/{key}": value for key, value in _numbers(record).items()})

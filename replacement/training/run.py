@@ -14,7 +14,6 @@ Knows the order of things; every step is another file's.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from replacement import formats
 from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
-from replacement.formats.drafts import write_whole
+from replacement.training import folder
 from replacement.training.bridge import ReplaceableBridge
 from replacement.training.config import EndToEndConfig, TrainingConfig
 from replacement.training.data import (
@@ -107,28 +106,28 @@ def run(
     bridge = next(iter(bridges.values()))
     planned = plans(config, min(len(one.blocks) for one in bridges.values()), models=tuple(filter(None, bridges)))
     context = min([context, *(int(one.cfg.n_ctx) for one in bridges.values())])
-    rest = {"model": model, "data": data, "text_field": text_field, "context": context, "documents": documents}
-    settings = _settings(config, end_to_end, bridge, **rest, activations=cache_dtype)
-    is_new = _is_new(out, settings)
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
     live = _source(bridges, tokens, sites(planned), documents, is_cached=cache is not None)
+    rest = {"model": model, "data": data, "text_field": text_field, "context": context, "documents": documents}
+    settings = _settings(config, end_to_end, bridge, **rest, activations=cache_dtype, source=live.fingerprint)
+    folder.to_write(out, settings)
     fill = _opened(live, cache, cache_dtype, model)
-    listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last := _Last()]
-    listeners += [dashboard(name, out, settings) for name in (dashboards if mesh.is_first else ())]
     mesh.wait()  # all have looked at the folder
-    if is_new and mesh.is_first:  # everything could be opened: from here on the folder is this run's
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "training.json", (json.dumps(settings, indent=1) + "\n").encode())
-    watched: Any = {"checkpoint_every": checkpoint_every, "listeners": listeners, "show_progress": show_progress}
-    checkpoint = out / "checkpoints" / "reconstruction.safetensors"
-    device = next(bridge.parameters()).device
-    source = fill(config=config, show_progress=show_progress, mesh=mesh)
-    trainee = train(source, planned, config=config, checkpoint=checkpoint, mesh=mesh, device=device, **watched)
-    if end_to_end is not None:
-        replaceable, batch = ReplaceableBridge(bridge, sites(planned)), partial(_batch, tokens, end_to_end.documents)
-        last_checkpoint = checkpoint.with_stem("end_to_end")
-        train_end_to_end(replaceable, trainee, batch, config=end_to_end, checkpoint=last_checkpoint, **watched)
-    export(trainee, out, metadata=settings)
+    with folder.held(out, by_this=mesh.is_first):  # everything could be opened: from here on the folder is this run's
+        if mesh.is_first and (new := folder.to_write(out, settings)) is not None:
+            folder.write_settings(out, new)
+        listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last := _Last()]
+        listeners += [dashboard(name, out, settings) for name in (dashboards if mesh.is_first else ())]
+        watched: Any = {"checkpoint_every": checkpoint_every, "listeners": listeners, "show_progress": show_progress}
+        checkpoint = out / "checkpoints" / "reconstruction.safetensors"
+        source = fill(config=config, show_progress=show_progress, mesh=mesh)
+        where: Any = {"mesh": mesh, "device": next(bridge.parameters()).device}
+        trainee = train(source, planned, config=config, checkpoint=checkpoint, **where, **watched)
+        if end_to_end is not None:
+            batch, checkpoint = partial(_batch, tokens, end_to_end.documents), checkpoint.with_stem("end_to_end")
+            replaceable = ReplaceableBridge(bridge, sites(planned))
+            train_end_to_end(replaceable, trainee, batch, config=end_to_end, checkpoint=checkpoint, **watched)
+        export(trainee, out, metadata=settings)
     index = source.index if isinstance(source, CachedActivations) else None
     written = tuple(dict.fromkeys(site_of(name) for name in trainee.written))
     return Finished(out, written, last.records.get("reconstruction"), last.records.get("end to end"), index)
@@ -175,22 +174,6 @@ def _settings(config: TrainingConfig, end_to_end: EndToEndConfig | None, bridge:
     last = None if end_to_end is None else dataclasses.asdict(end_to_end)
     dtype = str(next(bridge.parameters()).dtype).removeprefix("torch.")
     return {**rest, "dtype": dtype, "reconstruction": dataclasses.asdict(config), "end_to_end": last}
-
-
-def _is_new(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder is free, and not this run's already; raises `InputError` where it is another's."""
-    path = out / "training.json"
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: not readable JSON ({error}); delete it to start over") from error
-        if stored != json.loads(json.dumps(settings)):
-            raise InputError(f"{out}: holds a run with other settings (see training.json); pass another folder")
-        return False
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: is not empty and holds no training.json; pass a new folder")
-    return True
 
 
 def _batch(tokens: TokenSource, documents: int, index: int) -> TokenBatch:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,7 +27,7 @@ from replacement.training.data.storage import Costs, Stored, decode, encode, req
 from replacement.training.source import Activations, ActivationSource
 
 VERSION = 1
-_INDEX, _DRAFT = "index.json", "index.json.part"
+_INDEX, _DRAFT, _LOCK = "index.json", "index.json.part", ".lock"
 _SCALE = ":scale"
 
 
@@ -82,12 +83,29 @@ def write_activations(
     """
     if batches < 1 or shard_bytes < 1:
         raise InputError(f"write_activations(batches={batches}, shard_bytes={shard_bytes}): both must be above 0")
-    index = open_cache(source, folder, dtype=dtype, model=model, fingerprint=fingerprint)
+    given: Any = {"dtype": dtype, "model": model, "fingerprint": fingerprint}
+    if open_cache(source, folder, **given).batches >= batches:
+        return CachedActivations(folder)
+    with FileLock(folder / _LOCK):  # another process may fill the same folder; this one goes on after it
+        index = open_cache(source, folder, **given)
+        _write_on(source, folder, index, batches=batches, shard_bytes=shard_bytes, report=report)
+    return CachedActivations(folder)
+
+
+def _write_on(
+    source: ActivationSource,
+    folder: Path,
+    index: CacheIndex,
+    *,
+    batches: int,
+    shard_bytes: int,
+    report: Callable[[CacheIndex], None] | None,
+) -> None:
     parts: list[dict[str, Stored]] = []
     costs, size = Costs(), 0
     for number in range(index.batches, batches):
         batch = source.batch(number)
-        stored = _encode(batch, dtype, number, tuple(source.sites))
+        stored = _encode(batch, index.dtype, number, tuple(source.sites))
         if not index.shards:
             costs.add(batch, stored)
         size += sum(t.nbytes for one in stored.values() for t in one if t is not None)
@@ -99,7 +117,6 @@ def write_activations(
             parts, size = [], 0
             if report is not None:
                 report(index)
-    return CachedActivations(folder)
 
 
 class CachedActivations:
@@ -153,8 +170,8 @@ class CachedActivations:
     def _read(self, site: str, rows: slice, place: int) -> Stored:
         file, dtype = self._open[1], self.index.dtype
         values = file.get_slice(site)[rows]
-        if len(values) != rows.stop - rows.start:
-            raise ValueError(f"{site} is shorter than the index says")
+        if tuple(values.shape) != (rows.stop - rows.start, self.index.sites[site]):
+            raise ValueError(f"{site} has not the shape that the index says")
         if not dtype.startswith("int8"):
             return Stored(values, None)
         lines = rows if dtype == "int8_token" else slice(place, place + 1)
@@ -193,7 +210,8 @@ def open_cache(source: ActivationSource, folder: Path, *, dtype: str, model: str
     except OSError as error:
         raise InputError(f"{call}: {_reason(error)}; pass another") from error
     if not (folder / _INDEX).is_file():
-        if foreign := sorted(one.name for one in folder.iterdir() if not one.match("shard-*") and one.name != _DRAFT):
+        own = (_DRAFT, _LOCK)
+        if foreign := sorted(one.name for one in folder.iterdir() if not one.match("shard-*") and one.name not in own):
             raise InputError(f"{call}: holds {foreign[0]}, and no activations; pass a new folder")
         return wanted
     index = read_index(folder)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,8 @@ HUB_PREFIX = "hf:"
 SEPARATOR = "<|endoftext|>"
 """Ends a document of a text file."""
 _BLOCK_BYTES = 1 << 20
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can say it, no tokenizer takes it
+_NO_TEXT = (".parquet", ".arrow", ".gz", ".zst", ".bz2", ".xz", ".zip", ".safetensors", ".npy", ".pt", ".bin")
 _LEAST_CHARACTERS, _MOST_CHARACTERS, _MARGIN = 4096, 16384, 65536
 
 
@@ -166,7 +169,12 @@ def open_documents(data: str, *, text_field: str) -> Documents:
             f"open_tokens(data={data!r}): {what}; pass a text file, a .jsonl file, hf:owner/name[:config][:split], "
             "or atlas"
         )
-    if path.suffix.lower() in (".jsonl", ".ndjson"):
+    if path.suffix.lower() in _NO_TEXT:
+        raise InputError(
+            f"open_tokens(data={data!r}): is no text file; unpack it, or pass its folder as hf:FOLDER where a Hugging "
+            "Face dataset can be read from it"
+        )
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         return JSONLines(path, text_field)
     return TextFile(path)
 
@@ -190,7 +198,7 @@ def _field(record: object, field: str, where: str) -> str:
         raise InputError(f"{where}: has no field {field!r}; its fields: {fields}; pass one of them as text_field")
     if not isinstance(record[field], str):
         raise InputError(f"{where}: field {field!r} needs a string, got a {type(record[field]).__name__}")
-    return record[field]
+    return _LONE_SURROGATE.sub("\ufffd", record[field])
 
 
 def _cut(text: str, *, margin: int) -> list[str]:

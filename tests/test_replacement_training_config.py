@@ -1,0 +1,41 @@
+"""Laws of the settings: what contradicts itself, or would be ignored, is named."""
+
+from __future__ import annotations
+
+import pytest
+
+from replacement.errors import InputError
+from tests.test_replacement_training import toy_config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n_features": 30}, "multiple of 8"),
+        ({"n_features": (64, 30)}, "multiple of 8"),
+        ({"n_features": (64, 32), "prefixes": (32,)}, "leave n_features itself out"),
+        ({"n_features": (64, 32), "k": (4, 4, 4)}, "needs one number each"),
+        ({"n_features": ()}, "needs one number each"),
+        ({"n_features": [64, 32]}, "needs an int, or a tuple"),
+        ({"n_features": 64.0}, "needs an int, or a tuple"),
+        ({"prefixes": (32, 16)}, "ascending sizes"),
+        ({"prefixes": (64,)}, "leave n_features itself out"),
+        ({"prefixes": (63,)}, r"parts have \[63, 1\] features and the last must be the largest"),
+        ({"k": 0}, "between 1 and n_features"),
+        ({"tokens": 3}, "less than one batch"),
+        ({"kind": "sea"}, "needs one of transcoder"),
+        ({"sparsity": "topk", "floor": 0.1}, "belongs to sparsity='batchtopk'"),
+        ({"site": "hook_resid_pre"}, "belongs to kind='sae' or 'crosscoder' or 'causal_crosscoder'; leave it out"),
+        ({"penalty": "quadratic"}, r"\(penalty='quadratic'\): belongs to sparsity='jumprelu'"),
+        ({"sparsity": "gated", "bandwidth": 0.1}, "belongs to sparsity='jumprelu'"),
+        ({"experts": 4}, "belongs to encoder='switch'"),
+        ({"encoder": "switch", "pairs": (2, 2)}, "belongs to encoder='kronecker'"),
+        ({"balance_weight": float("nan")}, "belongs to encoder='switch'"),
+        ({"dead_weight": float("nan")}, "must not be negative"),
+        ({"layers": (1, 0)}, "ascending layers"),
+        ({"learning_rate": 0.0}, "must be above 0"),
+    ],
+)
+def test_contradictory_settings_are_named(changes: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        toy_config(**changes)

@@ -1,0 +1,181 @@
+"""Laws of a run's folder: one run at a time, nothing trained is lost, and what may change is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file, safe_open, save_file
+
+from circuits.cli import main
+from replacement.errors import InputError
+from replacement.training.folder import differences
+from tests.test_circuits_train import command, dictionaries_of, place  # noqa: F401 - the fixture of a model and a text
+from tests.test_replacement_training import ToyMLPs, toy_config, trained
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def error_of(capsys, *arguments: str) -> str:
+    """The line that a refused command prints, after the progress bar where there was one."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    *_, line = captured.err.splitlines(keepends=True)
+    assert line.startswith("circuits: error: ") and not captured.out and "Traceback" not in captured.err
+    return line
+
+
+def test_two_runs_never_share_a_folder(place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    """The second is refused while the first is at work; nothing of it stays, and the lock goes with the run."""
+    out = tmp_path / "run"
+    out.mkdir()
+    with FileLock(out / ".lock"):
+        line = error_of(capsys, *command(place, out, "--tokens", "1280"))
+        assert line.endswith(f"{out}: another process trains here; wait for its end, or pass another folder\n")
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    assert main(command(place, out, "--tokens", "1280")) == 0
+    assert (out / "config.json").exists() and not (out / ".lock").exists()
+
+
+def test_a_process_killed_at_its_first_file_locks_no_folder(place: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "run"
+    out.mkdir()
+    for name in (".training.json.579b.part", ".lock"):
+        (out / name).touch()
+    assert main(command(place, out, "--tokens", "1280")) == 0
+    assert not list(out.glob(".*"))
+
+
+def test_settings_that_kept_nothing_can_be_corrected(place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    """A run that failed before its first checkpoint leaves the folder to the next one; a later one only with its own
+    settings, and the refusal names what differs."""
+    out = tmp_path / "run"
+    rate = ("--learning-rate", "1e30", "--tokens", "2560")
+    assert "lower learning_rate" in error_of(capsys, *command(place, out, *rate))
+    assert main(command(place, out, "--tokens", "2560", "--checkpoint-every", "5")) == 0
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 10, 20]
+    assert "reconstruction.k 4 there, 5 here" in error_of(capsys, *command(place, out, "--k", "5", "--tokens", "2560"))
+    line = error_of(capsys, *command(place, out, "--learning-rate", "1e-3", "--tokens", "2560"))
+    assert "learning_rate 0.002 there, 0.001 here" in line, "what is finished is not done again in other words"
+
+
+def test_a_stopped_run_goes_on_at_another_learning_rate(place: Path, tmp_path: Path) -> None:  # noqa: F811
+    """As the message of a run that diverged asks for; the folder says so."""
+    out, usual = tmp_path / "run", ("--tokens", "2560", "--checkpoint-every", "8")
+    assert main(command(place, out, *usual)) == 0
+    for path in [out / "config.json", *out.glob("layer_*")]:  # as if it had stopped at the last checkpoint
+        path.unlink()
+    assert main(command(place, out, *usual, "--learning-rate", "1e-3")) == 0
+    stored = json.loads((out / "training.json").read_text())
+    assert stored["earlier"] == ["reconstruction.learning_rate 0.002 there, 0.001 here"]
+    assert stored["reconstruction"]["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_a_run_does_not_go_on_with_other_data_or_weights(what: str, place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    """Even under the same names: its position would be another stream's."""
+    shutil.copytree(place, tmp_path / "place")
+    given = command(tmp_path / "place", tmp_path / "run", "--tokens", "1280")
+    assert main(given) == 0
+    if what == "data":
+        with (tmp_path / "place" / "text.txt").open("a", encoding="utf-8") as file:
+            file.write(" w3 w4")
+    else:
+        path = tmp_path / "place" / "model" / "model.safetensors"
+        with safe_open(path, "pt") as stored:
+            metadata = stored.metadata()
+        save_file({name: 1.5 * tensor for name, tensor in load_file(path).items()}, path, metadata)
+    assert "the model's weights or the data have changed since" in error_of(capsys, *given)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_who_stops_a_run_loses_no_step(number: signal.Signals, place: Path, tmp_path: Path) -> None:  # noqa: F811
+    """The step is finished and kept, the line says so, and the same command ends with the bytes of a run in one go."""
+    more = ("--tokens", "64000", "--json")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(command(place, whole, *more)) == 0
+    line = [sys.executable, "-m", "circuits", *command(place, stopped, *more, "--checkpoint-every", "100000")]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (stopped / "log.jsonl").exists():
+        time.sleep(0.005)
+    process.send_signal(number)
+    error = process.communicate()[1]
+    assert process.returncode == 130 and "of 500 steps (reconstruction) are kept" in error
+    assert error.endswith(f"in {stopped}; the same command goes on\n") and "Traceback" not in error
+    kept = stopped / "checkpoints" / "reconstruction.safetensors"
+    with safe_open(kept, "pt") as file:
+        assert 0 < int(file.metadata()["step"]) < 500
+    assert main(command(place, stopped, *more)) == 0
+    assert dictionaries_of(stopped) == dictionaries_of(whole)
+
+
+def _cut_moments(tensors: dict[str, torch.Tensor]) -> None:
+    name = next(name for name, tensor in tensors.items() if name.startswith("optimizer.") and tensor.ndim == 2)
+    tensors[name] = tensors[name][:3].clone()
+
+
+def _poison(tensors: dict[str, torch.Tensor]) -> None:
+    next(tensor for tensor in tensors.values() if tensor.ndim == 2)[1, 2] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("damage", "metadata", "message"),
+    [
+        (_cut_moments, {}, r"optimizer\.\d+\.\w+ has shape \[3, \d+\], this run needs \[\d+, \d+\]"),
+        (_poison, {}, "has values that are not finite; delete it to start over"),
+        (None, {"step": "two"}, "does not say which step it is of"),
+        (None, {"position": "[1"}, "does not say which step it is of"),
+        (None, {"position": "[1]"}, "does not say which step it is of"),
+        (None, {"config": "{"}, "made with other settings"),
+    ],
+)
+def test_a_checkpoint_that_is_off_is_refused(damage, metadata, message: str, tmp_path: Path) -> None:
+    """An optimiser would take moments of any shape, and NaN for weights."""
+    path = tmp_path / "run.safetensors"
+    trained(ToyMLPs(), toy_config(), checkpoint=path, stop_after=2)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        stored = file.metadata()
+    if damage is not None:
+        damage(tensors)
+    save_file(tensors, path, stored | metadata)
+    with pytest.raises(InputError, match=message):
+        trained(ToyMLPs(), toy_config(), checkpoint=path)
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    """A loss can still be finite when the weights no longer are."""
+    path = tmp_path / "run.safetensors"
+    trained(ToyMLPs(), toy_config(), checkpoint=path, stop_after=2)
+    kept = path.read_bytes()
+
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(torch.nan))
+    with pytest.raises(InputError, match=r"is not finite after step 3; lower learning_rate and go on"):
+        trained(ToyMLPs(), toy_config(), checkpoint=path, stop_after=3)
+    assert path.read_bytes() == kept
+
+
+def test_differences_are_named_with_their_stage() -> None:
+    old = {"a": 1, "reconstruction": {"k": 3, "x": [1]}, "end_to_end": None, "gone": 2}
+    new = {"a": 1, "reconstruction": {"k": 4, "x": [1]}, "end_to_end": {"steps": 3}}
+    assert differences(old, new) == {
+        "reconstruction.k": "reconstruction.k 3 there, 4 here",
+        "end_to_end": "end_to_end none there, {'steps': 3} here",
+        "gone": "gone 2 there, none here",
+    }
+    assert not differences(new, new)
