@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from replacement.training import Trainee, TrainingConfig, plans
-from replacement.training.config import KINDS
+from replacement.training.config import KINDS, PENALISED
 from replacement.training.kinds import sites
 from tests import dense
 
@@ -67,34 +67,45 @@ def clear(trainee: Trainee, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor[keep] for name, tensor in batch.items()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sparse", SPARSE)
-def test_losses_and_gradients_equal_those_of_dense_products(kind: str, sparse: str) -> None:
-    """Reconstruction with nested prefixes and penalty, each with respect to every parameter: rows, biases, skips,
-    thresholds, magnitudes.
-    """
+def both(kind: str, sparse: str, part: int) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """The two losses, the trainer's and the dense one, and gradients; part: 0 for reconstruction, 1 for penalty."""
     trainee, sample = scrambled(kind, sparse)
-    batch, config = clear(trainee, sample), trainee.config
-    scale = dense.scales(sample)
-    leaf = dense.leaves(trainee)
+    batch, scale, leaf = clear(trainee, sample), dense.scales(sample), dense.leaves(trainee)
     scaled = {name: tensor.double() * scale[name] for name, tensor in batch.items()}
-    expected = dense.losses(config, list(trainee.planned), leaf, scaled, levels(trainee))
+    theirs = dense.losses(trainee.config, list(trainee.planned), leaf, scaled, levels(trainee))[part]
     found = trainee(batch, generator=torch.Generator().manual_seed(0), memory=1.0)
+    ours = torch.as_tensor((found.reconstruction, found.penalty)[part])
     parameters = dict(trainee.named_parameters())
     assert list(parameters) == list(leaf)
-    moved = set()
-    for ours, theirs in zip((found.reconstruction, torch.as_tensor(found.penalty)), expected, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-7)
-        assert ours.requires_grad == theirs.requires_grad
-        if not ours.requires_grad:
-            continue
-        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        fast = torch.autograd.grad(ours, list(parameters.values()), **options)
-        slow = torch.autograd.grad(theirs, list(leaf.values()), **options)
-        for name, a, b in zip(leaf, fast, slow, strict=True):
-            moved |= {name} if b.any() else set()
-            atol = 1e-5 * float(b.abs().max()) + 1e-9
-            torch.testing.assert_close(
-                a.double(), b, rtol=1e-4, atol=atol, msg=lambda words, name=name: f"{name}: {words}"
-            )
-    assert moved == set(leaf)
+    options = {"allow_unused": True, "materialize_grads": True}
+    fast = torch.autograd.grad(ours, list(parameters.values()), **options)
+    slow = torch.autograd.grad(theirs, list(leaf.values()), **options)
+    pairs = zip(leaf, zip(fast, slow, strict=True), strict=True)
+    return ours, theirs, dict(pairs)
+
+
+def assert_same(ours: Tensor, theirs: Tensor, gradients: dict[str, tuple[Tensor, Tensor]]) -> None:
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-7)
+    for name, (a, b) in gradients.items():
+        atol, words = 1e-5 * float(b.abs().max()) + 1e-9, f"{name}: {{}}"
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=atol, msg=words.format)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sparse", SPARSE)
+def test_reconstruction_and_its_gradients_equal_those_of_dense_products(kind: str, sparse: str) -> None:
+    """With nested prefixes; with respect to rows, biases, skips, thresholds and magnitudes, and none is left out."""
+    *losses, gradients = both(kind, sparse, 0)
+    assert all(slow.any() for _, slow in gradients.values())
+    assert_same(*losses, gradients)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sparse", [name for name, settings in SPARSE.items() if settings["sparsity"] in PENALISED])
+def test_penalties_and_their_gradients_equal_those_of_the_papers(kind: str, sparse: str) -> None:
+    """Of all activations (of a gate, not of magnitudes), with the norms of decoder rows in it or held as the paper
+    says, and with the controller's first weight.
+    """
+    *losses, gradients = both(kind, sparse, 1)
+    assert all(slow.any() for name, (_, slow) in gradients.items() if name.endswith(("W_enc", "b_enc", "threshold")))
+    assert_same(*losses, gradients)
