@@ -19,12 +19,12 @@ from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
 from replacement.formats import native, tensors
 from replacement.formats.tensors import Rows
-from replacement.training import Trainee, plans
+from replacement.training import Activations, Trainee, plans
 from replacement.training.export import export
 from replacement.training.parallel import ALONE, Mesh
 from tests.processes import Case, Job, spawn
 from tests.test_circuits_train import command, place  # noqa: F401 - the fixture of a model and a text
-from tests.test_replacement_training import N_LAYERS, ToyMLPs, toy_config
+from tests.test_replacement_training import N_LAYERS, ToyMLPs, toy_config, trained
 
 PIECE = 300  # bytes: a few rows of the toy
 SPREAD = (
@@ -122,6 +122,28 @@ def test_a_disk_that_is_full_stops_all_processes_and_the_next_attempt_goes_on(tw
     assert "cannot be written (No space left on device); make room there and run it again" in first
     assert second == "export: the first process could not write the dictionaries; it says why"
     assert files_of(two / "full" / SPREAD[0].name) == files_of(two / "2" / SPREAD[0].name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sparsity", ["jumprelu", "gated", "batchtopk"])
+def test_thresholds_keep_all_their_digits(sparsity: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """They decide what fires: float32 from activations of half precision to a set that is stored in half precision."""
+
+    class Half(ToyMLPs):
+        def batch(self, index: int) -> Activations:
+            return {name: tensor.to(dtype) for name, tensor in super().batch(index).items()}
+
+    trainee = trained(Half(), toy_config(sparsity=sparsity, start="random", tokens=64 * 8))
+    own = {name: tensor.dtype for name, tensor in trainee.state_dict().items() if ".sparsity." in name}
+    assert own and set(own.values()) == {torch.float32}
+    made = DictionarySet({one.layer: one for one in trainee.dictionaries()}, "run")
+    formats.save(made, tmp_path, dtype=str(dtype).removeprefix("torch."))
+    for coder, one, stored in zip(trainee, made, formats.load(tmp_path), strict=True):
+        threshold = stored.activation.threshold
+        assert stored.W_enc.dtype == dtype and threshold.dtype == torch.float32
+        assert torch.equal(threshold, one.activation.threshold) and (threshold != threshold.to(dtype)).any()
+        if sparsity == "jumprelu":
+            torch.testing.assert_close(threshold, (coder.sparsity.threshold * coder.norms()).detach())
 
 
 class _Largest(TorchDispatchMode):

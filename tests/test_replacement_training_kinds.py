@@ -188,39 +188,6 @@ def test_a_small_weight_is_soon_back() -> None:
     assert penalised.log_weight.exp() > penalised.slow_below
 
 
-@pytest.mark.parametrize("sparsity", SPARSITIES)
-def test_gradients_equal_those_of_dense_products(sparsity: str) -> None:
-    """The loss of a skip transcoder with nested prefixes, written densely, has the same gradients."""
-    trainee, planted = start(config("skip_transcoder", sparsity, prefixes=(40,), dead_weight=0.0))
-    batch = planted.batch(3)
-    with torch.no_grad():
-        for coder in trainee:
-            coder.W_skip.normal_(0, 0.1)  # type: ignore[union-attr]
-    trainee(batch, generator=torch.Generator().manual_seed(0), memory=0.0)  # sets running thresholds
-    losses = trainee(batch, generator=torch.Generator().manual_seed(0), memory=1.0)
-    names = [name for name, p in trainee.named_parameters() if "sparsity" not in name]
-    parameters = [dict(trainee.named_parameters())[name] for name in names]
-    fast = torch.autograd.grad(losses.reconstruction, parameters)
-    total = torch.zeros(())
-    for coder in trainee:
-        x = trainee.read(coder, batch)
-        active = coder.sparsity.select(x, coder.encoder(), generator=torch.Generator().manual_seed(0), memory=1.0)
-        pre = x @ coder.W_enc.T + coder.b_enc
-        dense = torch.zeros_like(pre)
-        at = (active.token.long(), active.feature.long())
-        dense = dense.index_put(at, coder.sparsity.activations(pre[at], active))
-        name = coder.plan.writes[0]
-        wanted = batch[name] * trainee.scale_of(name)
-        rest = trainee.bias(name) + coder.skip(x)
-        for p in (40, 112):
-            total = total + (wanted - dense[:, :p] @ coder.W_dec[:p, 0] - rest).pow(2).mean() / 2
-        if sparsity == "gated":
-            gate = torch.zeros_like(pre).index_put(at, pre[at].relu()) @ coder.W_dec[:, 0].detach()
-            total = total + (wanted - gate - rest.detach()).pow(2).mean()
-    for name, a, b in zip(names, fast, torch.autograd.grad(total, parameters), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=lambda words, name=name: f"{name}: {words}")
-
-
 @pytest.mark.parametrize("floor", [0.0, 0.3])
 @pytest.mark.parametrize("before", [0.0, 0.5, 100.0])
 def test_the_running_threshold_is_found_a_few_tokens_at_a_time(before: float, floor: float, monkeypatch) -> None:
