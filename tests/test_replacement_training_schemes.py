@@ -204,6 +204,7 @@ def test_experts_are_used_evenly_with_the_balance_loss() -> None:
         ({"encoder": "switch", "dead": "resample"}, "takes dead auxk or none"),
         ({"encoder": "switch", "experts": 5}, "needs a divisor of n_features = 112"),
         ({"encoder": "switch", "sparsity": "topk", "experts": 56, "k": 3}, "an expert has 2 features"),
+        ({"encoder": "switch", "experts": 28, "k": 5}, "an expert has 4 features; needs k of at most that"),
         ({"encoder": "switch", "prefixes": (8,)}, "experts have no order to nest by"),
         ({"encoder": "kronecker", "pairs": (3, 4)}, "needs two numbers whose product divides 112"),
         ({"encoder": "switch", "balance_weight": -1.0}, "must not be negative"),
