@@ -107,7 +107,7 @@ class Coder(nn.Module):
         x = self.mesh.features.share(x)
         active = self.sparsity.select(x, self.encoder(), generator=generator, memory=memory)
         values = self.scheme.values(x, self.W_enc, self.b_enc, active)
-        activations = self.sparsity.activations(values, active)
+        activations = self.sparsity.activations(values, active, self.b_enc)
         self._observe(activations.detach(), active)
         activations = self._weighted(activations, x, active)
         parts = decode_active(activations, self.W_dec.flatten(1), active, self.prefixes)
@@ -196,8 +196,7 @@ class Coder(nn.Module):
             generator=generator,
         )
         new = {self.W_enc: fresh.W_enc, self.W_dec: fresh.W_dec.unflatten(1, self.W_dec.shape[1:])}
-        new |= {parameter: parameter.new_full((), value) for parameter, value in self.sparsity.fresh().items()}
-        new[self.b_enc] = fresh.b_enc
+        new |= self.sparsity.fresh(fresh.b_enc) | {self.b_enc: fresh.b_enc}
         for parameter, rows in new.items():
             parameter[dead] = rows
             for name, state in optimizer.state.get(parameter, {}).items():
