@@ -159,6 +159,31 @@ def test_penalties_reach_the_wanted_l0(sparsity: str, penalty: str) -> None:
     assert sum(l0[-50:]) / 50 == pytest.approx(ACTIVE, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "remedy", "least"),
+    [("relu", "auxk", 30), ("gated", "auxk", 20), ("jumprelu", "auxk", 12), ("batchtopk", "preactivation", 20)],
+)
+def test_buried_features_come_back(sparsity: str, remedy: str, least: int) -> None:
+    """60 of 112 features are pushed below 0 at every token; without a remedy 8, 2, 2 and 1 of them fire again."""
+    given = config(sparsity=sparsity, dead=remedy, steps=300, dead_after=2000, layers=(0,))
+    planned = plans(given, N_LAYERS)
+    trainee = Trainee(planned, (source := Planted(planned)).batch(0), given)
+    (coder,) = trainee
+    with torch.no_grad():
+        coder.b_enc[:60] -= 4.0
+    coder.since_fired[:60] = 1e6
+    optimizer = torch.optim.Adam(trainee.parameters(), lr=5e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(300):
+        batch = {name: tensor[:512] for name, tensor in source.batch(step + 1).items()}
+        losses = trainee(batch, generator=generator, memory=0.9)
+        optimizer.zero_grad()
+        (losses.reconstruction + losses.penalty + given.dead_weight * losses.dead).backward()
+        trainee.settle_gradients(longest=1.0)
+        optimizer.step()
+    assert (~coder.is_dead())[:60].sum() >= least
+
+
 @pytest.mark.parametrize("penalty", ["tanh", "quadratic"])
 def test_a_threshold_that_a_step_took_below_zero_still_learns(penalty: str) -> None:
     """It fires wherever it is positive, and gets a gradient from the tokens near there, instead of none for good."""

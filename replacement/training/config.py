@@ -128,7 +128,9 @@ class TrainingConfig(Settings):
     dead_weight: float = 0.125
     """Weight of the loss that auxk, ghost and preactivation add."""
     dead_k: int = 32
-    """Dead features that take part in AuxK at a token."""
+    """Dead features that take part in AuxK at a token (batchtopk, topk); under a penalty each does at k / n_features of
+    the tokens.
+    """
     dead_after: int = 100_000
     """Tokens without firing after which a feature counts as dead in training."""
     threshold_memory: float = 0.9

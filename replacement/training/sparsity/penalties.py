@@ -141,9 +141,7 @@ class GatedSparsity(Penalised):
         return self.controlled(self.fires(activations, active)) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
-        """`a = pre [pre > max(threshold, 0)]`, `pre = exp(r_mag) (g - b_enc) + b_mag`: the gate is open where pre is above
-        the threshold.
-        """
+        """`a = pre [pre > max(threshold, 0)]`, `pre = exp(r_mag) (g - b_enc) + b_mag`: gates open at the threshold."""
         scale, b_mag, norms = self.r_mag.detach().exp(), self.b_mag.detach(), encoder.norms
         threshold = (b_mag - scale * encoder.b_enc).clamp_min(0.0)
         return Exported((scale, norms), b_mag * norms, JumpReLU(threshold * norms))
