@@ -7,7 +7,7 @@
 | preactivation | dead features are pulled towards firing: `sum relu(threshold - pre) |d|` (Anthropic, January 2025) |
 | resample | a dead feature starts again at a token that is badly rebuilt (Bricken et al. 2023) |
 
-Under a penalty the dead are below 0 at every token; there AuxK takes each at its own strongest tokens (`at_own_tokens`).
+Under a penalty the dead are below 0 at all tokens; there AuxK takes each at its own strongest tokens (`at_own_tokens`).
 Each looks at dead features alone, on a sample of the batch's tokens. Knows nothing of the loss that these join.
 """
 
