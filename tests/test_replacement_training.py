@@ -154,6 +154,43 @@ def test_remedies_move_dead_features_only(remedy: str) -> None:
         assert moved[:10].any() and not moved[10:].any()
 
 
+@pytest.mark.parametrize("sparsity", ["relu", "gated", "jumprelu"])
+def test_auxk_under_a_penalty_is_of_each_features_own_tokens(sparsity: str) -> None:
+    """`max(pre - least, 0)`, densely, has the same loss and gradients: of features below 0 everywhere, too."""
+    trainee, batch = toy_trainee(sparsity=sparsity)
+    coder = next(iter(trainee))
+    dead = torch.arange(20) * 2
+    coder.since_fired[dead] = 1e6
+    with torch.no_grad():
+        coder.b_enc[dead[:15]] -= 20.0
+        coder.b_enc[dead[15:]] += 1.0
+    x = trainee.read(coder, batch)
+    error = torch.randn(len(x), 1, D_MODEL, generator=torch.Generator().manual_seed(1))
+    fast = coder.dead_loss(x, error, torch.Generator().manual_seed(0))
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:512]
+    pre = x[rows] @ coder.W_enc[dead].T + coder.b_enc[dead]
+    count = max(1, round(len(rows) * coder.sparsity.k / len(coder.W_dec)))
+    least = pre.detach().sort(dim=0, descending=True).values[count].clamp_max(0)
+    cut = F.relu(pre - least)
+    assert (pre[:, :15] < 0).all() and (cut[:, :15] > 0).sum(0).eq(count).all() and (least[15:] == 0).any()
+    slow = (error[rows, 0] - cut @ coder.W_dec[dead, 0]).pow(2).mean()
+    torch.testing.assert_close(fast, slow)
+    parameters = [coder.W_enc, coder.b_enc, coder.W_dec]
+    for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in (fast, slow)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        assert a[dead].reshape(20, -1).any(1).all()
+
+
+def test_preactivation_never_makes_a_dead_feature_write_less() -> None:
+    """That would lower its loss where the feature is below 0, and raise the level that batchtopk wants of it."""
+    trainee, batch = toy_trainee(dead="preactivation")
+    coder = next(iter(trainee))
+    coder.since_fired[:10] = 1e6
+    x = trainee.read(coder, batch)
+    coder.dead_loss(x, torch.zeros(len(x), 1, D_MODEL), torch.Generator().manual_seed(0)).backward()
+    assert coder.W_dec.grad is None and coder.b_enc.grad[:10].lt(0).all()
+
+
 @pytest.mark.parametrize("n_dead", [3, 20])
 def test_auxk_over_the_strongest_is_auxk_over_all(n_dead: int) -> None:
     """The same loss and gradients as with every dead feature's pre-activation at every token."""

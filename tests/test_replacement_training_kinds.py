@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 from replacement import formats
 from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
-from replacement.training import Activations, Trainee, TrainingConfig, plans, train
+from replacement.training import Activations, EndToEndConfig, Trainee, TrainingConfig, plans, train
 from replacement.training.config import KINDS, PENALISED, SPARSITIES
 from replacement.training.kinds import Plan, sites
 from replacement.training.sparsity import topk
@@ -157,6 +159,31 @@ def test_penalties_reach_the_wanted_l0(sparsity: str, penalty: str) -> None:
     assert sum(l0[-50:]) / 50 == pytest.approx(ACTIVE, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "remedy", "least"),
+    [("relu", "auxk", 30), ("gated", "auxk", 20), ("jumprelu", "auxk", 12), ("batchtopk", "preactivation", 20)],
+)
+def test_buried_features_come_back(sparsity: str, remedy: str, least: int) -> None:
+    """60 of 112 features are pushed below 0 at every token; without a remedy 8, 2, 2 and 1 of them fire again."""
+    given = config(sparsity=sparsity, dead=remedy, steps=300, dead_after=2000, layers=(0,))
+    planned = plans(given, N_LAYERS)
+    trainee = Trainee(planned, (source := Planted(planned)).batch(0), given)
+    (coder,) = trainee
+    with torch.no_grad():
+        coder.b_enc[:60] -= 4.0
+    coder.since_fired[:60] = 1e6
+    optimizer = torch.optim.Adam(trainee.parameters(), lr=5e-3)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(300):
+        batch = {name: tensor[:512] for name, tensor in source.batch(step + 1).items()}
+        losses = trainee(batch, generator=generator, memory=0.9)
+        optimizer.zero_grad()
+        (losses.reconstruction + losses.penalty + given.dead_weight * losses.dead).backward()
+        trainee.settle_gradients(longest=1.0)
+        optimizer.step()
+    assert (~coder.is_dead())[:60].sum() >= least
+
+
 @pytest.mark.parametrize("penalty", ["tanh", "quadratic"])
 def test_a_threshold_that_a_step_took_below_zero_still_learns(penalty: str) -> None:
     """It fires wherever it is positive, and gets a gradient from the tokens near there, instead of none for good."""
@@ -186,6 +213,74 @@ def test_a_small_weight_is_soon_back() -> None:
         for _ in range(steps):
             penalised.controlled(fires * penalised.wanted())
     assert penalised.log_weight.exp() > penalised.slow_below
+
+
+def test_what_gated_features_write_teaches_nothing_to_the_gates_bias() -> None:
+    """The magnitude is `exp(r_mag) W_enc x + b_mag`, as in the paper: activations and gradients are those of the
+    formula, and the gate's bias gets none."""
+    trainee, planted = start(config(sparsity="gated"))
+    coder = next(iter(trainee))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (coder.sparsity.r_mag, coder.sparsity.b_mag):
+            parameter.add_(0.2 * torch.randn(112, generator=generator))
+    x = trainee.read(coder, planted.batch(1))
+    active = coder.sparsity.select(x, coder.encoder(), generator=generator, memory=1.0)
+    at = (active.token, active.feature)
+    values = coder.scheme.values(x, coder.W_enc, coder.b_enc, active)
+    magnitude = coder.sparsity.r_mag.exp() * (x @ coder.W_enc.T) + coder.sparsity.b_mag
+    weight = torch.randn(len(values), generator=generator)
+    leaves = (coder.W_enc, coder.sparsity.r_mag, coder.sparsity.b_mag, coder.b_enc)
+    sides = []
+    for activations in (coder.sparsity.activations(values, active, coder.b_enc), magnitude.relu()[at] * (values > 0)):
+        grads = torch.autograd.grad(activations @ weight, leaves, allow_unused=True)
+        sides.append([activations.detach(), *(torch.zeros(112) if grad is None else grad for grad in grads)])
+    assert not sides[1][-1].any()
+    for fast, plain in zip(*sides, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_features_fire_above_their_level(sparsity: str) -> None:
+    """What a remedy pulls a dead feature up to, and lifts a new one by, is where it fires: a gated one also needs a
+    positive magnitude."""
+    if sparsity == "topk":
+        pytest.skip("which of its features fire depends on the others")
+    trainee, planted = start(config(sparsity=sparsity))
+    coder = next(iter(trainee))
+    if sparsity == "gated":
+        with torch.no_grad():
+            coder.sparsity.b_mag[:60].sub_(0.5)
+            coder.sparsity.r_mag[:30].add_(0.5)
+    x = trainee.read(coder, planted.batch(1))
+    found = coder(x, generator=torch.Generator().manual_seed(0), memory=0.0)
+    fires = torch.zeros(len(x), 112, dtype=torch.bool)
+    fires[found.active.token, found.active.feature] = found.activations > 0
+    pre, levels = F.linear(x, coder.W_enc, coder.b_enc), coder.sparsity.levels(coder.encoder())
+    clear = (pre - levels).abs() > 0.05
+    assert torch.equal(fires[clear], (pre > levels)[clear]) and clear.float().mean() > 0.8
+
+
+def test_gated_features_start_again_and_open_further_as_they_began() -> None:
+    """Gate and magnitude alike: a new feature's are equal, and widening moves both."""
+    trainee, planted = start(config(sparsity="gated", dead="resample"))
+    coder = next(iter(trainee))
+    assert torch.equal(coder.sparsity.b_mag, coder.b_enc)
+    with torch.no_grad():
+        coder.sparsity.b_mag.sub_(0.5)
+        coder.sparsity.r_mag.add_(0.3)
+    coder.since_fired[:10] = 1e6
+    x = trainee.read(coder, planted.batch(1))
+    coder.resample(
+        x,
+        torch.randn(len(x), 1, WIDTH, generator=torch.Generator().manual_seed(1)),
+        optimizer=torch.optim.Adam(coder.parameters()),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert torch.equal(coder.sparsity.b_mag[:10], coder.b_enc[:10]) and not coder.sparsity.r_mag[:10].any()
+    before = coder.sparsity.levels(coder.encoder())
+    coder.reopen(widen=0.25, k=None)
+    torch.testing.assert_close(coder.sparsity.levels(coder.encoder()), before)
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.3])
@@ -252,6 +347,18 @@ def test_activations_that_are_not_finite_stop_a_run_with_the_site_and_the_step(t
 def test_unknown_settings_are_named() -> None:
     with pytest.raises(InputError, match="does not know n_feature; known: balance_weight, bandwidth"):
         TrainingConfig.from_mapping({"n_feature": 8})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["learning_rate", "dead_weight", "balance_weight", "bandwidth", "betas"])
+def test_settings_that_are_not_finite_are_named(name: str, value: float) -> None:
+    """NaN is neither above nor below a bound, and infinity is above all: both used to reach the first step."""
+    given = (0.9, value) if name == "betas" else value
+    with pytest.raises(InputError, match=rf"TrainingConfig\({name}=.*(nan|inf).*\): must be finite") as error:
+        config(**{name: given})  # type: ignore[arg-type]
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"EndToEndConfig\(kl_weight=.*\): must be finite"):
+        EndToEndConfig(kl_weight=value)
 
 
 @pytest.mark.parametrize("begin", ["random", "samples"])

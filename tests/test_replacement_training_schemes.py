@@ -164,6 +164,17 @@ def test_values_of_pairs_pass_gradcheck() -> None:
     torch.testing.assert_close(dense_pairs(x, W_enc, b_enc, some, form), dense[:, some])
 
 
+@pytest.mark.parametrize("sparsity", ["batchtopk", "topk"])
+def test_large_heads_train(sparsity: str) -> None:
+    """A row takes part in many pairs that fire: more pairs than a token has rows."""
+    settings = given("kronecker", sparsity, pairs=(8, 14), k=40, steps=4)
+    planned = plans(settings, N_LAYERS)[:1]
+    trainee = train(source := Planted(planned), planned, config=settings, show_progress=False)
+    coder = next(iter(trainee))
+    found = coder(trainee.read(coder, source.batch(3)), generator=torch.Generator().manual_seed(0), memory=1.0)
+    assert 2 * len(found.active.token) > len(coder.W_enc) * found.active.n_tokens
+
+
 def test_the_slope_of_a_product_stays_bounded() -> None:
     """The root's slope has no bound where a factor nears zero; a step must not be thrown by it."""
     p = torch.tensor([1e-12, -1.0, 0.0], requires_grad=True)
@@ -193,6 +204,7 @@ def test_experts_are_used_evenly_with_the_balance_loss() -> None:
         ({"encoder": "switch", "dead": "resample"}, "takes dead auxk or none"),
         ({"encoder": "switch", "experts": 5}, "needs a divisor of n_features = 112"),
         ({"encoder": "switch", "sparsity": "topk", "experts": 56, "k": 3}, "an expert has 2 features"),
+        ({"encoder": "switch", "experts": 28, "k": 5}, "an expert has 4 features; needs k of at most that"),
         ({"encoder": "switch", "prefixes": (8,)}, "experts have no order to nest by"),
         ({"encoder": "kronecker", "pairs": (3, 4)}, "needs two numbers whose product divides 112"),
         ({"encoder": "switch", "balance_weight": -1.0}, "must not be negative"),

@@ -19,6 +19,7 @@ from replacement.training.sparse import (
     select_above,
     select_top,
 )
+from replacement.training.sparse.products import dots
 
 SIZES = [  # tokens, d_in, n_features, k: candidates by groups, small enough for the plain way, odd widths, k too large
     (37, 24, 4096, 32),
@@ -188,6 +189,18 @@ def test_an_empty_set_writes_nothing_and_gives_zero_gradients() -> None:
     assert out.shape == (6, 2, 3) and not out.any()
     for leaf in (x, W_enc, b_enc, W_dec):
         assert not leaf.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("entries", [11, 12, 13, 60])
+def test_a_place_may_be_asked_for_more_than_once(entries: int, dtype: torch.dtype) -> None:
+    """As Kronecker encoders do, a row once for each of its pairs: also for more entries than the 12 places there are,
+    which a sparse pattern of torch cannot hold."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 5, dtype=dtype, generator=generator) for n in (4, 3))
+    row = torch.randint(4, (entries,), generator=generator).sort().values
+    column = torch.randint(3, (entries,), generator=generator)
+    torch.testing.assert_close(dots(a, b, row, column), (a[row] * b[column]).sum(1))
 
 
 def test_values_are_the_pre_activations_of_the_active() -> None:

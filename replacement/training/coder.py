@@ -17,7 +17,7 @@ from replacement.training.kinds import Plan
 from replacement.training.parallel import Mesh
 from replacement.training.schemes import scheme
 from replacement.training.sparse import ActiveSet, decode_active
-from replacement.training.sparsity import Encoder, GatedSparsity, sparsity
+from replacement.training.sparsity import Encoder, GatedSparsity, Penalised, sparsity
 from replacement.training.starts import start
 
 
@@ -107,7 +107,7 @@ class Coder(nn.Module):
         x = self.mesh.features.share(x)
         active = self.sparsity.select(x, self.encoder(), generator=generator, memory=memory)
         values = self.scheme.values(x, self.W_enc, self.b_enc, active)
-        activations = self.sparsity.activations(values, active)
+        activations = self.sparsity.activations(values, active, self.b_enc)
         self._observe(activations.detach(), active)
         activations = self._weighted(activations, x, active)
         parts = decode_active(activations, self.W_dec.flatten(1), active, self.prefixes)
@@ -161,8 +161,12 @@ class Coder(nn.Module):
         if self.dead == "auxk":
             with torch.no_grad():
                 pre = self.scheme.dense(seen, self.W_enc, self.b_enc, dead)
-            active = remedies.strongest(pre, dead, len(self.W_dec), missed)
-            activations = self.scheme.values(seen, self.W_enc, self.b_enc, active)
+            if isinstance(self.sparsity, Penalised):
+                share = self.sparsity.k / self.sparsity.n_features
+                active, least = remedies.at_own_tokens(pre, dead, len(self.W_dec), missed, share)
+            else:
+                active, least = remedies.strongest(pre, dead, len(self.W_dec), missed)
+            activations = self.scheme.values(seen, self.W_enc, self.b_enc, active) - least
             return remedies.auxk(self._weighted(activations, seen, active), self.W_dec.flatten(1), active, missed)
         pre = self.scheme.dense(seen, self.W_enc, self.b_enc, dead)
         W_dec, level = self.W_dec[dead].flatten(1), self.sparsity.levels(self.encoder())[dead]
@@ -196,8 +200,7 @@ class Coder(nn.Module):
             generator=generator,
         )
         new = {self.W_enc: fresh.W_enc, self.W_dec: fresh.W_dec.unflatten(1, self.W_dec.shape[1:])}
-        new |= {parameter: parameter.new_full((), value) for parameter, value in self.sparsity.fresh().items()}
-        new[self.b_enc] = fresh.b_enc
+        new |= self.sparsity.fresh(fresh.b_enc) | {self.b_enc: fresh.b_enc}
         for parameter, rows in new.items():
             parameter[dead] = rows
             for name, state in optimizer.state.get(parameter, {}).items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -59,6 +60,16 @@ class Settings:
             raise InputError(f"{cls.__name__}: does not know {', '.join(unknown)}; known: {', '.join(sorted(known))}")
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
+    def _require_finite(self) -> None:
+        """Raise InputError for a setting that is NaN or infinite: those pass comparisons and spoil a run in silence."""
+        for name, value in vars(self).items():
+            if any(isinstance(one, float) and not math.isfinite(one) for one in _each(value)):
+                raise InputError(f"{type(self).__name__}({name}={value}): must be finite; pass a number")
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
 
 @dataclass(frozen=True)
 class TrainingConfig(Settings):
@@ -77,8 +88,8 @@ class TrainingConfig(Settings):
     sparsity: str = "batchtopk"
     """How features are kept few: batchtopk, topk, relu (L1), jumprelu, gated."""
     k: int | tuple[int, ...] = 16
-    """Features that fire at a token on average, for all dictionaries or one number each. Exact at every token for topk;
-    a penalty's weight is moved until it holds.
+    """Features that fire at a token on average, for all dictionaries or one number each. Exact at every token for topk
+    (with encoder kronecker at most that many: only positive products fire); a penalty's weight is moved until it holds.
     """
     penalty: str = "tanh"
     """Of jumprelu: "tanh" (of each activation times its decoder norm) or "quadratic" (of L0 around k)."""
@@ -92,7 +103,8 @@ class TrainingConfig(Settings):
     """
     encoder: str = "linear"
     """How features are made of encoder rows: linear (one each), switch (one expert a token, chosen by a router) or
-    kronecker (pairs of rows); the last two with batchtopk and topk.
+    kronecker (pairs of rows, which fire where both are positive: fewer than k where too few are); the last two with
+    batchtopk and topk.
     """
     experts: int = 8
     """Of switch: groups that the features are divided into."""
@@ -127,7 +139,9 @@ class TrainingConfig(Settings):
     dead_weight: float = 0.125
     """Weight of the loss that auxk, ghost and preactivation add."""
     dead_k: int = 32
-    """Dead features that take part in AuxK at a token."""
+    """Dead features that take part in AuxK at a token (batchtopk, topk); under a penalty each does at k / n_features of
+    the tokens.
+    """
     dead_after: int = 100_000
     """Tokens without firing after which a feature counts as dead in training."""
     threshold_memory: float = 0.9
@@ -136,6 +150,7 @@ class TrainingConfig(Settings):
     """Seed of initialisation, shuffling and sampling."""
 
     def __post_init__(self) -> None:
+        self._require_finite()
         named = {"kind": KINDS, "sparsity": SPARSITIES, "encoder": ENCODERS, "dead": DEAD, "start": STARTS}
         for name, known in named.items():
             if getattr(self, name) not in known:
@@ -213,8 +228,7 @@ class TrainingConfig(Settings):
         if self.encoder == "switch":
             if self.experts < 1 or self.width % self.experts:
                 raise InputError(f"{own}, experts={self.experts}): needs a divisor of n_features = {self.n_features}")
-            if self.sparsity == "topk" and max(self._all_k) > self.width // self.experts:
-                size = self.width // self.experts
+            if max(self._all_k) > (size := self.width // self.experts):  # a token fires features of one expert only
                 raise InputError(f"{own}, k={self.k}): an expert has {size} features; needs k of at most that")
             if self.prefixes:
                 raise InputError(f"{own}, prefixes={self.prefixes}): experts have no order to nest by; leave it out")
@@ -304,6 +318,7 @@ class EndToEndConfig(Settings):
     """Seed of sampling."""
 
     def __post_init__(self) -> None:
+        self._require_finite()
         if self.steps < 0 or self.documents < 1:
             raise InputError(
                 f"EndToEndConfig(steps={self.steps}, documents={self.documents}): needs steps >= 0 and documents >= 1"

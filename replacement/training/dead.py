@@ -7,6 +7,7 @@
 | preactivation | dead features are pulled towards firing: `sum relu(threshold - pre) |d|` (Anthropic, January 2025) |
 | resample | a dead feature starts again at a token that is badly rebuilt (Bricken et al. 2023) |
 
+Under a penalty the dead are below 0 at all tokens; there AuxK takes each at its own strongest tokens (`at_own_tokens`).
 Each looks at dead features alone, on a sample of the batch's tokens. Knows nothing of the loss that these join.
 """
 
@@ -46,10 +47,15 @@ class Dead(NamedTuple):
     level: Float[Tensor, " dead"]  #: pre-activation above which each fires
 
 
+class Chosen(NamedTuple):
+    """What takes part in AuxK, with `pre - least` as its activation."""
+
+    active: ActiveSet
+    least: Float[Tensor, " entries"]  #: a constant, not above 0
+
+
 @torch.no_grad()
-def strongest(
-    pre: Float[Tensor, "rows dead"], dead: Int[Tensor, " dead"], n_features: int, missed: Missed
-) -> ActiveSet:
+def strongest(pre: Float[Tensor, "rows dead"], dead: Int[Tensor, " dead"], n_features: int, missed: Missed) -> Chosen:
     """The dead features that take part in AuxK: the k strongest of all processes at each token, where they are above 0.
 
     dead: which of the `n_features` of this process the columns of `pre` are, ascending.
@@ -58,13 +64,30 @@ def strongest(
     fired = F.relu(pre.gather(1, place))
     least = missed.mesh.features.largest(fired, min(missed.k, missed.n_dead))[:, -1:]
     token, column = ((fired > 0) & (fired >= least)).nonzero().unbind(1)
-    return ActiveSet(token, dead[place[token, column]], len(pre), n_features)
+    return Chosen(ActiveSet(token, dead[place[token, column]], len(pre), n_features), pre.new_zeros(len(token)))
+
+
+@torch.no_grad()
+def at_own_tokens(
+    pre: Float[Tensor, "rows dead"], dead: Int[Tensor, " dead"], n_features: int, missed: Missed, share: float
+) -> Chosen:
+    """Every dead feature at that share of the tokens where it is strongest, or wherever it is above 0 if that is more.
+
+    `a_ti = max(pre_ti - least_i, 0)`, `least_i` feature i's largest pre-activation at the tokens left out, at most 0:
+    as if its bias let it fire as often as the features that live. Under a penalty, dead features have no pre-activation
+    above 0 and got no gradient from `strongest`. A form of our own: of those tried it revives most, at the lowest FVU.
+    """
+    count = max(1, round(share * missed.rows))
+    highest = missed.mesh.data.largest(pre.T, min(count + 1, missed.rows))
+    least = highest[:, -1].clamp_max(0.0)
+    token, column = (pre > least).nonzero().unbind(1)
+    return Chosen(ActiveSet(token, dead[column], len(pre), n_features), least[column])
 
 
 def auxk(
     activations: Float[Tensor, " entries"], W_dec: Float[Tensor, "n_features d_out"], active: ActiveSet, missed: Missed
 ) -> Float[Tensor, ""]:
-    """AuxK's loss from the activations of the `strongest`."""
+    """AuxK's loss from the activations of the chosen."""
     rebuilt = missed.mesh.features.add(decode_active(activations, W_dec, active)[:, 0])
     return _mean((missed.error - rebuilt).pow(2), missed)
 
@@ -79,7 +102,8 @@ def _ghost(dead: Dead, missed: Missed) -> Tensor:
 
 
 def _preactivation(dead: Dead, missed: Missed) -> Tensor:
-    short = F.relu(dead.level - dead.pre) * dead.W_dec.norm(dim=1)
+    """The norms are held fixed: below 0 a feature could else lower the loss by writing less, and its level rises."""
+    short = F.relu(dead.level - dead.pre) * dead.W_dec.detach().norm(dim=1)
     return missed.mesh.features.add(_mean(short, missed, width=missed.n_dead))
 
 
@@ -94,7 +118,7 @@ def _mean(x: Float[Tensor, "rows columns"], missed: Missed, *, width: int = 0) -
 
 
 LOSSES: dict[str, Callable[[Dead, Missed], Tensor]] = {"ghost": _ghost, "preactivation": _preactivation}
-"""Remedies that add a loss of all dead features; that of AuxK is of the strongest alone."""
+"""Remedies that add a loss of all dead features; that of AuxK is of chosen ones alone."""
 
 
 class Fresh(NamedTuple):

@@ -139,12 +139,14 @@ def dots(
     column: Int[Tensor, " entries"],
     starts: Int[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, " entries"]:
-    """`a[row[e]] . b[column[e]]` for every entry e; `row` ascends.
+    """`a[row[e]] . b[column[e]]` for every entry e; `row` ascends, and a place may be asked for more than once.
 
     starts: where each row's entries begin, if that is known.
     """
     if (compiled := kernels_on(a.device.type)) is not None:
         return compiled.dots(a, b, row, column)
+    if len(row) > len(a) * len(b):  # torch refuses a sparse pattern of more entries than places; all are fewer here
+        return (a @ b.T).flatten().index_select(0, row * len(b) + column)
     if a.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available() and a.device.type == "cpu":
         starts = segment_starts(row, len(a)) if starts is None else starts
         with warnings.catch_warnings():

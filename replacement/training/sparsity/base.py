@@ -92,8 +92,10 @@ class Sparsity(nn.Module, abc.ABC):
         memory: share of a running threshold that stays.
         """
 
-    def activations(self, values: Float[Tensor, " entries"], active: ActiveSet) -> Float[Tensor, " entries"]:
-        """Activations of the selected pre-activations."""
+    def activations(
+        self, values: Float[Tensor, " entries"], active: ActiveSet, b_enc: Float[Tensor, " rows"]
+    ) -> Float[Tensor, " entries"]:
+        """Activations of the selected pre-activations; b_enc: the bias in those, with gradients."""
         return values
 
     def extra_loss(
@@ -118,8 +120,8 @@ class Sparsity(nn.Module, abc.ABC):
         """The pre-activation above which each feature fires."""
         return torch.zeros_like(encoder.norms)
 
-    def fresh(self) -> dict[nn.Parameter, float]:
-        """Its own parameters, one number a feature, with the value of a feature that starts again."""
+    def fresh(self, b_enc: Float[Tensor, " fresh"]) -> dict[nn.Parameter, Float[Tensor, " fresh"]]:
+        """Its own parameters, one number a feature, with the values of features that start again with these biases."""
         return {}
 
     def reopen(self, *, widen: float, k: int | None) -> None:

@@ -25,7 +25,7 @@ class ReLUSparsity(Penalised):
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
         return positive(x, encoder)
 
-    def activations(self, values: Tensor, active: ActiveSet) -> Tensor:
+    def activations(self, values: Tensor, active: ActiveSet, b_enc: Tensor) -> Tensor:
         return torch.relu(values)
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
@@ -71,10 +71,10 @@ class JumpReLUSparsity(Penalised):
     def levels(self, encoder: Encoder) -> Tensor:
         return self.threshold.detach().clamp_min(_LOWEST * self.bandwidth)
 
-    def fresh(self) -> dict[nn.Parameter, float]:
-        return {self.threshold: self.bandwidth}
+    def fresh(self, b_enc: Tensor) -> dict[nn.Parameter, Tensor]:
+        return {self.threshold: torch.full_like(b_enc, self.bandwidth)}
 
-    def activations(self, values: Tensor, active: ActiveSet) -> Tensor:
+    def activations(self, values: Tensor, active: ActiveSet, b_enc: Tensor) -> Tensor:
         return _Jump.apply(values, self.threshold[active.feature.long()], self.bandwidth)
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
@@ -95,44 +95,56 @@ class JumpReLUSparsity(Penalised):
 class GatedSparsity(Penalised):
     """A gate chooses, a magnitude path with tied directions measures (Rajamanoharan et al. 2024, "Gated").
 
-    With `g = x W_enc^T + b_enc`: `a = [g > 0] relu(exp(r_mag) (g - b_enc) + b_mag)`. The penalty is L1 on
-    `relu(g) |d|`, d held fixed, and the gate also reconstructs by itself through the frozen decoder (the trainer adds
-    that loss). The finished dictionary is the JumpReLU that it equals: rows `exp(r_mag) W_enc`, threshold
-    `b_mag - exp(r_mag) b_enc`.
+    With `g = x W_enc^T + b_enc`: `a = [g > 0] relu(exp(r_mag) (g - b_enc) + b_mag)`, so that what features write
+    teaches nothing to the gate's bias. The penalty is L1 on `relu(g) |d|`, d held fixed, and the gate also reconstructs
+    by itself through the frozen decoder (the trainer adds that loss). The finished dictionary is the JumpReLU that it
+    equals: rows `exp(r_mag) W_enc`, threshold `b_mag - exp(r_mag) b_enc`.
     """
 
     r_mag: nn.Parameter  # [n_features]
-    shift: nn.Parameter  # [n_features], b_mag - exp(r_mag) b_enc: the threshold of the JumpReLU that this equals
+    b_mag: nn.Parameter  # [n_features], starts as the gate's bias
 
     def __init__(self, config: TrainingConfig, mesh: Mesh) -> None:
         super().__init__(config, mesh)
         self.r_mag = nn.Parameter(torch.zeros(self.n_own))
-        self.shift = nn.Parameter(torch.zeros(self.n_own))
+        self.b_mag = nn.Parameter(torch.zeros(self.n_own))
 
     def prepare(self, x: Tensor, encoder: Encoder) -> Tensor:
-        return self.bias_to_start(x, encoder, self.first_k * self.k)
+        b_enc = self.bias_to_start(x, encoder, self.first_k * self.k)
+        with torch.no_grad():
+            self.b_mag.copy_(b_enc)
+        return b_enc
 
     def select(self, x: Tensor, encoder: Encoder, *, generator: torch.Generator, memory: float) -> ActiveSet:
         return positive(x, encoder)
 
-    def fresh(self) -> dict[nn.Parameter, float]:
-        return {self.r_mag: 0.0, self.shift: 0.0}
+    def levels(self, encoder: Encoder) -> Tensor:
+        """Where the gate is open and the magnitude positive."""
+        return (encoder.b_enc - self.b_mag.detach() * (-self.r_mag.detach()).exp()).clamp_min(0.0)
 
-    def activations(self, values: Tensor, active: ActiveSet) -> Tensor:
+    def fresh(self, b_enc: Tensor) -> dict[nn.Parameter, Tensor]:
+        return {self.r_mag: torch.zeros_like(b_enc), self.b_mag: b_enc}
+
+    @torch.no_grad()
+    def reopen(self, *, widen: float, k: int | None) -> None:
+        super().reopen(widen=widen, k=k)
+        self.b_mag.add_(widen * self.r_mag.exp())  # as the gate's bias
+
+    def activations(self, values: Tensor, active: ActiveSet, b_enc: Tensor) -> Tensor:
         feature = active.feature.long()
         gate = values.detach() > 0
-        return torch.relu(self.r_mag.exp()[feature] * values + self.shift[feature]) * gate
+        linear = values - b_enc[feature]  # of the gate's bias no gradient is left
+        return torch.relu(self.r_mag.exp()[feature] * linear + self.b_mag[feature]) * gate
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
         penalty = self.mesh.features.add(_l1(torch.relu(values), active, norms.detach(), self.k))
         return self.controlled(self.fires(activations, active)) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
-        """`a = pre [pre > max(threshold, 0)]` with `pre = exp(r_mag) g + shift`: the gate is open where pre > shift."""
-        scale = self.r_mag.detach().exp()
-        b_enc, threshold = encoder.b_enc * scale + self.shift.detach(), self.shift.detach().clamp_min(0.0)
-        norms = encoder.norms
-        return Exported((scale, norms), b_enc * norms, JumpReLU(threshold * norms))
+        """`a = pre [pre > max(threshold, 0)]`, `pre = exp(r_mag) (g - b_enc) + b_mag`: gates open at the threshold."""
+        scale, b_mag, norms = self.r_mag.detach().exp(), self.b_mag.detach(), encoder.norms
+        threshold = (b_mag - scale * encoder.b_enc).clamp_min(0.0)
+        return Exported((scale, norms), b_mag * norms, JumpReLU(threshold * norms))
 
 
 class _Jump(torch.autograd.Function):
