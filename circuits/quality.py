@@ -26,6 +26,7 @@ from replacement.evaluation.suite import Evaluation, evaluate, firing
 from replacement.evaluation.words import evaluate_absorption
 from replacement.model import ReplacementModel
 from replacement.neurons import neurons
+from replacement.starts import start_token, start_tokens
 
 PROMPT_TOKENS = 24
 """Prompts that are beginnings of documents are cut there."""
@@ -63,14 +64,16 @@ class Documents:
             tokens = self.source.batch(index, self.batch)
             yield tokens[: self.documents - index * self.batch]
 
-    def beginnings(self, prompts: int) -> list[Int[Tensor, " pos"]]:
-        """The first tokens of documents, as prompts."""
+    def beginnings(self, prompts: int, start: int | None = None) -> list[Int[Tensor, " pos"]]:
+        """The first tokens of documents, as prompts; each ends before the next start token, of the id `start`."""
         found: list[Tensor] = []
         for tokens in self:
-            found += list(tokens[: prompts - len(found), :PROMPT_TOKENS])
+            rows = tokens[:, :PROMPT_TOKENS]
+            ends = start_tokens(rows, start)[:, 1:].int().cumsum(1).eq(0).sum(1) + 1
+            found += [row[:end] for row, end in zip(rows, ends.tolist(), strict=True) if end > 1]
             if len(found) >= prompts:
                 break
-        return found
+        return found[:prompts]
 
 
 class LayerAbsorption(NamedTuple):
@@ -119,12 +122,13 @@ def measure(
 
     bridge: a TransformerBridge. measures: names from `MEASURES`. against: a set trained with another seed, for
     stability. prompts: for graphs' scores (None: beginnings of documents). tasks: labels for probing (None: no
-    probing). replace_first: replace position 0 like any other. advance: called with (what, done, total).
+    probing). replace_first: replace start tokens, at position 0 and inside of rows, like any other. advance: called
+    with (what, done, total).
     Raises `InputError` for an unknown measure, and where the dictionaries do not fit the model.
     """
     if unknown := [name for name in measures if name not in MEASURES]:
         raise InputError(f"measure(measures={unknown[0]!r}): no such measure; have {', '.join(MEASURES)}")
-    splice = Splice(bridge, dictionaries, keep_first=not replace_first)
+    splice = Splice(bridge, dictionaries, keep_starts=not replace_first)
     say, notes = advance or (lambda what, done, total: None), []
     evaluation = _evaluate(splice, documents, measures, say)
     own = _neurons(bridge)
@@ -145,9 +149,10 @@ def measure(
         absorption, note = _absorption(splice)
         notes += note
     if "graphs" in measures:
-        graphs, note = _graphs(bridge, dictionaries, model, prompts or documents.beginnings(20), say)
+        start = None if bridge.tokenizer is None else start_token(bridge.tokenizer)
+        graphs, note = _graphs(bridge, dictionaries, model, prompts or documents.beginnings(20, start), say)
         notes += note
-    theirs = None if against is None else Splice(bridge, against, keep_first=not replace_first)
+    theirs = None if against is None else Splice(bridge, against, keep_starts=not replace_first)
     return Quality(
         dictionaries.name,
         tuple(dict.fromkeys(one.kind for one in dictionaries)),

@@ -42,11 +42,11 @@ def perfect_crosscoder(layers: tuple[int, ...], site: str, width: int) -> Crossc
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("keep_first", [True, False])
+@pytest.mark.parametrize("keep_starts", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_neurons_in_place_of_the_mlps_change_nothing(tiny_model, family: str, keep_first: bool) -> None:
+def test_neurons_in_place_of_the_mlps_change_nothing(tiny_model, family: str, keep_starts: bool) -> None:
     bridge = tiny_model(family, "neurons").bridge
-    splice = Splice(bridge, neurons(bridge, torch.float64), keep_first=keep_first)
+    splice = Splice(bridge, neurons(bridge, torch.float64), keep_starts=keep_starts)
     clean = splice.original(TOKENS).logits
     assert torch.allclose(splice.replaced(TOKENS).logits, clean, atol=1e-9)
     for site in splice.writes:
@@ -74,7 +74,7 @@ def test_a_perfect_crosscoder_changes_nothing(tiny_model) -> None:
     assert torch.allclose(splice.replaced(TOKENS).logits, splice.original(TOKENS).logits, atol=1e-9)
 
 
-def by_hand(bridge, dictionaries: DictionarySet, sites: tuple[str, ...], *, keep_first: bool) -> Tensor:
+def by_hand(bridge, dictionaries: DictionarySet, sites: tuple[str, ...], *, keep_starts: bool) -> Tensor:
     """Per-layer hooks written out: read, then write the sum of all writers."""
     seen: dict[int, Tensor] = {}
 
@@ -92,7 +92,7 @@ def by_hand(bridge, dictionaries: DictionarySet, sites: tuple[str, ...], *, keep
                 features = torch.arange(one.n_features)
                 value = value + one.encode(seen[one.layer]) @ one.write_rows(features, layer)
             value = value.expand_as(tensor).clone()
-            if keep_first:
+            if keep_starts:
                 value[:, 0] = tensor[:, 0]
             return value
 
@@ -108,14 +108,14 @@ def by_hand(bridge, dictionaries: DictionarySet, sites: tuple[str, ...], *, keep
         return bridge.run_with_hooks(TOKENS, fwd_hooks=hooks)
 
 
-@pytest.mark.parametrize("keep_first", [True, False])
+@pytest.mark.parametrize("keep_starts", [True, False])
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder", "cross_layer_transcoder"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_replaced_runs_equal_those_made_by_hand(tiny_model, family: str, kind: str, keep_first: bool) -> None:
+def test_replaced_runs_equal_those_made_by_hand(tiny_model, family: str, kind: str, keep_starts: bool) -> None:
     model = tiny_model(family, kind)
-    splice = Splice(model.bridge, model.dictionaries, keep_first=keep_first)
+    splice = Splice(model.bridge, model.dictionaries, keep_starts=keep_starts)
     for sites in (splice.writes, splice.writes[1:2], splice.writes[2:]):
-        expected = by_hand(model.bridge, model.dictionaries, sites, keep_first=keep_first)
+        expected = by_hand(model.bridge, model.dictionaries, sites, keep_starts=keep_starts)
         assert torch.allclose(splice.replaced(TOKENS, sites).logits, expected, atol=1e-9)
 
 

@@ -16,11 +16,11 @@ from tests.tiny import VOCABULARY
 TOKENS = torch.randint(3, VOCABULARY, (5, 8), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("keep_first", [True, False])
+@pytest.mark.parametrize("keep_starts", [True, False])
 @pytest.mark.parametrize("kind", ["skip_transcoder", "cross_layer_transcoder"])
-def test_streamed_figures_equal_their_definitions(tiny_model, kind: str, keep_first: bool) -> None:
-    model, first = tiny_model("llama", kind, "jumprelu"), int(keep_first)
-    splice = Splice(model.bridge, model.dictionaries, keep_first=keep_first)
+def test_streamed_figures_equal_their_definitions(tiny_model, kind: str, keep_starts: bool) -> None:
+    model, first = tiny_model("llama", kind, "jumprelu"), int(keep_starts)
+    splice = Splice(model.bridge, model.dictionaries, keep_starts=keep_starts)
     found = evaluate(splice, TOKENS.split(2))
     clean = splice.original(TOKENS, {*splice.reads, *splice.writes})
     values = {name: value[:, first:].flatten(0, 1) for name, value in clean.values.items()}
@@ -92,7 +92,7 @@ def test_firing_counts_tokens(tiny_model) -> None:
 
 def test_documents_without_a_next_token_are_refused(tiny_model) -> None:
     model = tiny_model("llama", "transcoder")
-    with pytest.raises(InputError, match="documents of 1 tokens have no next token"):
+    with pytest.raises(InputError, match="got documents of 1 tokens; needs 3 or more"):
         evaluate(Splice(model.bridge, model.dictionaries), [TOKENS[:, :1]])
     with pytest.raises(InputError, match="got no tokens"):
         evaluate(Splice(model.bridge, model.dictionaries), [])
