@@ -31,6 +31,9 @@ from replacement.starts import start_token, start_tokens
 PROMPT_TOKENS = 24
 """Prompts that are beginnings of documents are cut there."""
 
+BLOCK = 64
+"""Documents are drawn so many at once."""
+
 Advance = Callable[[str, int, int], None]
 
 
@@ -56,13 +59,17 @@ class Documents:
                 "pass more data, or a smaller context"
             )
         self.tokens = self.documents * source.context
-        self.batch = max(1, min(64, memory // (source.context * (6 * 8 * vocabulary + 3 * 4 * features))))
+        self.batch = max(1, min(BLOCK, memory // (source.context * (6 * 8 * vocabulary + 3 * 4 * features))))
 
     def __iter__(self) -> Iterator[Int[Tensor, "documents pos"]]:
-        """Batches of documents; the last one may be smaller."""
-        for index in range(-(-self.documents // self.batch)):
-            tokens = self.source.batch(index, self.batch)
-            yield tokens[: self.documents - index * self.batch]
+        """Batches of documents, of `batch` or fewer.
+
+        Drawn in blocks of one size, as a source may draw each block from a seed of its own: which documents they are
+        must not depend on how many of them fit in memory, or sets of different size could not be compared.
+        """
+        for index in range(-(-self.documents // BLOCK)):
+            block = self.source.batch(index, BLOCK)[: self.documents - index * BLOCK]
+            yield from block.split(self.batch)
 
     def beginnings(self, prompts: int, start: int | None = None) -> list[Int[Tensor, " pos"]]:
         """The first tokens of documents, as prompts; each ends before the next start token, of the id `start`."""
