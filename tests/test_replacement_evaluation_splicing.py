@@ -74,6 +74,26 @@ def test_a_perfect_crosscoder_changes_nothing(tiny_model) -> None:
     assert torch.allclose(splice.replaced(TOKENS).logits, splice.original(TOKENS).logits, atol=1e-9)
 
 
+def test_a_crosscoder_of_one_part_is_an_sae(tiny_model) -> None:
+    """It reads where it writes, in the run that it is written into, beside dictionaries below it."""
+    model = tiny_model("llama", "transcoder", "topk")
+    generator = torch.Generator().manual_seed(0)
+    rows, W_dec = (torch.randn(40, 24, generator=generator).double() for _ in range(2))
+    bias, site = torch.randn(24, generator=generator).double(), "hook_mlp_out"
+    one = Crosscoder(
+        parts=(hook_name(2, site),), site=site, W_enc=rows, b_enc=torch.zeros(40).double(), W_dec=W_dec[:, None],
+        b_dec=bias[None], activation=ReLU(),
+    )  # fmt: skip
+    sae = Transcoder(
+        layer=2, read=site, write=site, W_enc=rows, b_enc=torch.zeros(40).double(), W_dec=W_dec, b_dec=bias,
+        activation=ReLU(),
+    )  # fmt: skip
+    for below in ({}, {0: model.dictionaries.by_layer[0]}):
+        ours, theirs = (Splice(model.bridge, DictionarySet({**below, 2: each}, "one")) for each in (one, sae))
+        assert (ours.reads, ours.writes) == (theirs.reads, theirs.writes)
+        assert torch.equal(ours.replaced(TOKENS).logits, theirs.replaced(TOKENS).logits)
+
+
 def by_hand(bridge, dictionaries: DictionarySet, sites: tuple[str, ...], *, keep_starts: bool) -> Tensor:
     """Per-layer hooks written out: read, then write the sum of all writers."""
     seen: dict[int, Tensor] = {}

@@ -19,7 +19,7 @@ from replacement.dictionary import Dictionary, DictionarySet
 from replacement.errors import InputError
 from replacement.sites import hook_name
 from replacement.starts import start_token, start_tokens
-from replacement.substitution import Ablation, Replacement, Substitution
+from replacement.substitution import Ablation, Replacement, Substitution, read_hooks, reads_ahead
 
 Activations = Mapping[str, Float[Tensor, "*tokens width"]]
 """Full hook name -> activations at the same tokens."""
@@ -32,11 +32,6 @@ class Pass(NamedTuple):
 
     logits: Float[Tensor, "batch pos vocab"]
     values: dict[str, Float[Tensor, "batch pos width"]]  # hook -> what stood there, before anything was overwritten
-
-
-def read_hooks(dictionary: Dictionary) -> tuple[str, ...]:
-    """Full names of the hooks that a dictionary reads, side by side where there are several."""
-    return dictionary.parts if isinstance(dictionary, Crosscoder) else (hook_name(dictionary.layer, dictionary.read),)
 
 
 def written_hooks(dictionaries: Iterable[Dictionary]) -> tuple[str, ...]:
@@ -83,7 +78,8 @@ class Splice:
     """A model whose sites can be overwritten by dictionaries, one site or all of them.
 
     A dictionary reads what stands at its hooks in the very run that it writes into, so that what lower sites lost
-    reaches it. One that reads a hook above the lowest it writes (a crosscoder) can't, and reads the original's run.
+    reaches it. One that reads a hook above the lowest it writes (a crosscoder of several parts) can't, and reads the
+    original's run.
     """
 
     def __init__(self, bridge: Any, dictionaries: DictionarySet, *, keep_starts: bool = True) -> None:
@@ -114,7 +110,7 @@ class Splice:
                     "pass the model that they were trained on"
                 )
         self._compute = compute
-        self._from_original = any(len(read_hooks(one)) > 1 for one in dictionaries)
+        self._from_original = any(reads_ahead(one) for one in dictionaries)
 
     def counted(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
         """Where dictionaries stand in for the model and figures are taken: all tokens but the start tokens kept."""

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from replacement.dictionary import Dictionary, DictionarySet
 from replacement.errors import InputError
-from replacement.evaluation.splicing import read_hooks, written_hooks
+from replacement.evaluation.splicing import written_hooks
+from replacement.substitution import read_hooks
 
 SHARED = 0.7
 """Matched features with at least this cosine count as the same."""
