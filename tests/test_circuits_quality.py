@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from circuits.labels import read_labels
 from circuits.quality import PROMPT_TOKENS, Documents, measure
 from circuits.scored_prompts import read_scored_prompts
 from replacement.dictionary import DictionarySet
@@ -124,3 +125,19 @@ def test_what_cannot_be_measured_is_refused_before_the_model_runs(tiny_model) ->
     ):
         with pytest.raises(InputError, match=said):
             measure(model.bridge, model.dictionaries, **(usual | given))
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ("{}", 'needs {"task"'),
+        ('{"a": {"yes": ["w3", "w4"], "no": ["w5", "w4"]}}', "'a' has 'w4' in 'yes' and in 'no'; leave it in one"),
+        ('{"a": {"yes": ["w3"], "no": []}}', "none of the 'no' words of 'a' is one token"),
+    ],
+)
+def test_labels_that_label_nothing_or_contradict_themselves_are_refused(
+    tiny_model, tmp_path: Path, labels: str, said: str
+) -> None:
+    (tmp_path / "labels.json").write_text(labels)
+    with pytest.raises(InputError, match=said):
+        read_labels(tmp_path / "labels.json", tiny_model("llama", "transcoder").bridge.tokenizer)
