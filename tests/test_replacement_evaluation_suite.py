@@ -58,6 +58,15 @@ def test_one_layer_downstream_equals_its_definition(tiny_model) -> None:
     assert found[2].downstream is None, "nothing is below the last layer"
 
 
+def test_a_stream_is_judged_alike_as_it_leaves_a_block_and_as_it_enters_the_next() -> None:
+    for layer in range(3):
+        assert next_hooks(f"blocks.{layer}.hook_resid_post", 3) == next_hooks(f"blocks.{layer + 1}.hook_resid_pre", 3)
+    assert next_hooks("blocks.0.hook_resid_pre", 3) == ("blocks.0.mlp.hook_out", "blocks.0.hook_resid_post")
+    for site in ("hook_attn_out", "attn.hook_z", "hook_resid_mid", "mlp.hook_out", "hook_resid_post"):
+        assert next_hooks(f"blocks.0.{site}", 2) == ("blocks.1.mlp.hook_out", "blocks.1.hook_resid_post")
+        assert next_hooks(f"blocks.1.{site}", 2) is None
+
+
 def test_single_sites_are_the_whole_where_there_is_one(tiny_model) -> None:
     """With a dictionary at one layer only, replacing that site is replacing all of them."""
     model = tiny_model("llama", "transcoder")

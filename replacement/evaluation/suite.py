@@ -50,7 +50,7 @@ class SiteFigures(NamedTuple):
     site: str  #: full hook name
     reconstruction: ErrorFigures  #: all that write there together, from the original's activations
     replacement: ReplacementFigures | None  #: only this site replaced; None where it was not asked for
-    downstream: DownstreamFigures | None  #: only this site replaced; None at the last layer, or not asked for
+    downstream: DownstreamFigures | None  #: only this site replaced; None without a block after it, or not asked for
 
 
 class Evaluation(NamedTuple):
