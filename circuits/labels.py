@@ -20,13 +20,13 @@ def read_labels(path: Path, tokenizer: Any) -> dict[str, Labelling]:
     """Task -> labels of tokens: 1 for words of "yes", 0 for words of "no", -1 for others.
 
     A word counts where it is one token, with or without a space before it. Raises `InputError` for a file that can't be
-    read, holds something else, or a task none of whose words is one token.
+    read, holds no task or something else, a task none of whose words is one token, or a word that is in both lists.
     """
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as problem:
         raise InputError(f"--labels {str(path)!r}: not readable JSON ({problem})") from problem
-    if not isinstance(given, dict) or not all(_is_task(task) for task in given.values()):
+    if not isinstance(given, dict) or not given or not all(_is_task(task) for task in given.values()):
         raise InputError(f'--labels {str(path)!r}: needs {{"task": {{"yes": ["word", ...], "no": ["word", ...]}}}}')
     return {name: _labelling(name, task, tokenizer, path) for name, task in given.items()}
 
@@ -40,13 +40,17 @@ def _is_task(task: Any) -> bool:
 
 
 def _labelling(name: str, task: dict[str, list[str]], tokenizer: Any, path: Path) -> Labelling:
+    ids = {key: {token: word for word in words for token in _single(word, tokenizer)} for key, words in task.items()}
+    for key in task:
+        if not ids[key]:
+            raise InputError(f"--labels {str(path)!r}: none of the {key!r} words of {name!r} is one token of the model")
+    if both := ids["yes"].keys() & ids.get("no", {}).keys():
+        word = ids["yes"][min(both)]
+        raise InputError(f"--labels {str(path)!r}: {name!r} has {word!r} in 'yes' and in 'no'; leave it in one of them")
     table = torch.full((len(tokenizer),), -1 if "no" in task else 0)
     table[tokenizer.all_special_ids] = -1
     for key, value in (("no", 0), ("yes", 1)):
-        ids = [token for word in task.get(key, []) for token in _single(word, tokenizer)]
-        if key in task and not ids:
-            raise InputError(f"--labels {str(path)!r}: none of the {key!r} words of {name!r} is one token of the model")
-        table[ids] = value
+        table[list(ids.get(key, ()))] = value
     return lambda tokens: table[tokens.cpu()]
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from circuits.measures import MEASURES
+from circuits.scored_prompts import require_prompts
 from circuits.scores import GraphScores, graph_scores
 from replacement.dictionary import Dictionary, DictionarySet
 from replacement.errors import InputError
@@ -21,14 +22,18 @@ from replacement.evaluation.absorption import AbsorptionFigures
 from replacement.evaluation.comparison import BaselineFigures, ProbeFigures, compare_probes, compare_reconstruction
 from replacement.evaluation.sample import Labelling, collect
 from replacement.evaluation.splicing import Splice
-from replacement.evaluation.stability import StabilityFigures, stability, write_directions
-from replacement.evaluation.suite import Evaluation, evaluate, firing
+from replacement.evaluation.stability import StabilityFigures, shared_layers, stability, write_directions
+from replacement.evaluation.suite import Evaluation, evaluate, firing, require_context
 from replacement.evaluation.words import evaluate_absorption
 from replacement.model import ReplacementModel
 from replacement.neurons import neurons
+from replacement.starts import start_token, start_tokens
 
 PROMPT_TOKENS = 24
 """Prompts that are beginnings of documents are cut there."""
+
+BLOCK = 64
+"""Documents are drawn so many at once."""
 
 Advance = Callable[[str, int, int], None]
 
@@ -55,22 +60,28 @@ class Documents:
                 "pass more data, or a smaller context"
             )
         self.tokens = self.documents * source.context
-        self.batch = max(1, min(64, memory // (source.context * (6 * 8 * vocabulary + 3 * 4 * features))))
+        self.batch = max(1, min(BLOCK, memory // (source.context * (6 * 8 * vocabulary + 3 * 4 * features))))
 
     def __iter__(self) -> Iterator[Int[Tensor, "documents pos"]]:
-        """Batches of documents; the last one may be smaller."""
-        for index in range(-(-self.documents // self.batch)):
-            tokens = self.source.batch(index, self.batch)
-            yield tokens[: self.documents - index * self.batch]
+        """Batches of documents, of `batch` or fewer.
 
-    def beginnings(self, prompts: int) -> list[Int[Tensor, " pos"]]:
-        """The first tokens of documents, as prompts."""
+        Drawn in blocks of one size, as a source may draw each block from a seed of its own: which documents they are
+        must not depend on how many of them fit in memory, or sets of different size could not be compared.
+        """
+        for index in range(-(-self.documents // BLOCK)):
+            block = self.source.batch(index, BLOCK)[: self.documents - index * BLOCK]
+            yield from block.split(self.batch)
+
+    def beginnings(self, prompts: int, start: int | None = None) -> list[Int[Tensor, " pos"]]:
+        """The first tokens of documents, as prompts; each ends before the next start token, of the id `start`."""
         found: list[Tensor] = []
         for tokens in self:
-            found += list(tokens[: prompts - len(found), :PROMPT_TOKENS])
+            rows = tokens[:, :PROMPT_TOKENS]
+            ends = start_tokens(rows, start)[:, 1:].int().cumsum(1).eq(0).sum(1) + 1
+            found += [row[:end] for row, end in zip(rows, ends.tolist(), strict=True) if end > 1]
             if len(found) >= prompts:
                 break
-        return found
+        return found[:prompts]
 
 
 class LayerAbsorption(NamedTuple):
@@ -119,35 +130,37 @@ def measure(
 
     bridge: a TransformerBridge. measures: names from `MEASURES`. against: a set trained with another seed, for
     stability. prompts: for graphs' scores (None: beginnings of documents). tasks: labels for probing (None: no
-    probing). replace_first: replace position 0 like any other. advance: called with (what, done, total).
-    Raises `InputError` for an unknown measure, and where the dictionaries do not fit the model.
+    probing). replace_first: replace start tokens, at position 0 and inside of rows, like any other. advance: called
+    with (what, done, total).
+    Raises `InputError`, before any of the long work, for an unknown measure, where the dictionaries do not fit the
+    model, those of `against` are of other sites, a prompt can't be read, or documents are too short.
     """
     if unknown := [name for name in measures if name not in MEASURES]:
         raise InputError(f"measure(measures={unknown[0]!r}): no such measure; have {', '.join(MEASURES)}")
-    splice = Splice(bridge, dictionaries, keep_first=not replace_first)
-    say, notes = advance or (lambda what, done, total: None), []
+    splice = Splice(bridge, dictionaries, keep_starts=not replace_first)
+    say, notes = advance or (lambda what, done, total: None), list[str]()
+    require_context(splice, documents.context, replace=bool({"replacement", "sites"} & set(measures)))
+    if against is not None:
+        shared_layers(dictionaries, against)
+    if prompts and "graphs" in measures:
+        require_prompts(prompts, bridge, name=model)
     evaluation = _evaluate(splice, documents, measures, say)
-    own = _neurons(bridge)
-    halves = (
-        collect(splice, documents, tasks, tokens=documents.tokens) if {"baselines", "probing"} & set(measures) else None
-    )
-    baselines = probes = absorption = graphs = None
-    if halves is not None and "baselines" in measures:
-        say("baselines", 0, 1)
-        baselines = tuple(compare_reconstruction(dictionaries, halves, own))
-    if halves is not None and "probing" in measures:
-        say("probing", 0, 1)
-        probes = tuple(compare_probes(dictionaries, halves, own)) or None
-        if probes is None:
-            notes.append("probing: no labels for this data with enough examples of both kinds; pass --labels")
+    baselines, probes, note = _sampled(splice, documents, tasks, measures, say)
+    notes += note
+    absorption = graphs = steady = None
     if "absorption" in measures:
         say("absorption", 0, 1)
         absorption, note = _absorption(splice)
         notes += note
     if "graphs" in measures:
-        graphs, note = _graphs(bridge, dictionaries, model, prompts or documents.beginnings(20), say)
+        start = None if bridge.tokenizer is None else start_token(bridge.tokenizer)
+        graphs, note = _graphs(bridge, dictionaries, model, prompts or documents.beginnings(20, start), say)
         notes += note
-    theirs = None if against is None else Splice(bridge, against, keep_first=not replace_first)
+    if against is not None:
+        say("stability", 0, 1)
+        theirs = Splice(bridge, against, keep_starts=not replace_first)
+        steady, note = _stability(splice, theirs, documents)
+        notes += note
     return Quality(
         dictionaries.name,
         tuple(dict.fromkeys(one.kind for one in dictionaries)),
@@ -157,7 +170,7 @@ def measure(
         probes,
         absorption,
         graphs,
-        None if theirs is None else _stability(splice, theirs, documents),
+        steady,
         tuple(notes),
     )
 
@@ -173,6 +186,29 @@ def _evaluate(splice: Splice, documents: Documents, measures: Collection[str], s
     say("running the model", 0, documents.tokens)
     wanted = {name: name in measures for name in ("replacement", "sites")}
     return evaluate(splice, documents, replace=any(wanted.values()), every_site=wanted["sites"], progress=progress)
+
+
+def _sampled(
+    splice: Splice,
+    documents: Documents,
+    tasks: Mapping[str, Labelling] | None,
+    measures: Collection[str],
+    say: Advance,
+) -> tuple[tuple[BaselineFigures, ...] | None, tuple[ProbeFigures, ...] | None, list[str]]:
+    """Baselines and probes, from one sample of activations."""
+    if not {"baselines", "probing"} & set(measures):
+        return None, None, []
+    halves, own = collect(splice, documents, tasks, tokens=documents.tokens), _neurons(splice.bridge)
+    baselines = None
+    if "baselines" in measures:
+        say("baselines", 0, 1)
+        baselines = tuple(compare_reconstruction(splice.dictionaries, halves, own))
+    if "probing" not in measures:
+        return baselines, None, []
+    say("probing", 0, 1)
+    probes = tuple(compare_probes(splice.dictionaries, halves, own)) or None
+    missing = "probing: no labels for this data with enough examples of both kinds; pass --labels"
+    return baselines, probes, [missing] if probes is None else []
 
 
 def _neurons(bridge: Any) -> Mapping[int, Dictionary] | None:
@@ -214,15 +250,17 @@ def _graphs(
     return graph_scores(model, prompts, progress=progress), []
 
 
-def _stability(ours: Splice, theirs: Splice, documents: Documents) -> tuple[LayerStability, ...]:
-    """By layer, over features that fire in the documents."""
-    shared = sorted(ours.dictionaries.by_layer.keys() & theirs.dictionaries.by_layer.keys())
-    if not shared:
-        raise InputError(f"--against {theirs.dictionaries.name}: shares no layer with {ours.dictionaries.name}")
+def _stability(
+    ours: Splice, theirs: Splice, documents: Documents
+) -> tuple[tuple[LayerStability, ...] | None, list[str]]:
+    """By layer, over features that fire in the documents; a layer where none does is a note."""
     first, second = (firing(splice, documents) for splice in (ours, theirs))
-    found = []
-    for layer in shared:
+    found, notes = [], []
+    for layer in shared_layers(ours.dictionaries, theirs.dictionaries):
         rows = [write_directions(one.dictionaries.by_layer[layer]) for one in (ours, theirs)]
         alive = [torch.nonzero(meters[layer].fired).flatten() for meters in (first, second)]
-        found.append(LayerStability(layer, stability(rows[0], rows[1], alive_a=alive[0], alive_b=alive[1])))
-    return tuple(found)
+        try:
+            found.append(LayerStability(layer, stability(rows[0], rows[1], alive_a=alive[0], alive_b=alive[1])))
+        except InputError as reason:
+            notes.append(f"{theirs.dictionaries.name}, layer {layer}: {reason}")
+    return tuple(found) or None, notes

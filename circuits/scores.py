@@ -1,6 +1,7 @@
 """Replacement and completeness scores over a set of prompts: how much of a model's circuits dictionaries explain.
 
-Ameisen et al. 2025 ("Circuit Tracing", on evaluating graphs); each prompt's graph is scored unpruned. Knows graphs by
+Ameisen et al. 2025 ("Circuit Tracing", on evaluating graphs); each prompt's graph is scored unpruned. Completeness runs
+over all nodes, as circuit-tracer's does: tokens and errors have no inputs, so they count as explained. Knows graphs by
 their scores.
 """
 
@@ -23,7 +24,7 @@ class PromptScores(NamedTuple):
     """The scores of one prompt's whole graph."""
 
     replacement: float  #: `I_tok / (I_tok + I_err)`
-    completeness: float  #: `sum_t (I_t + p_t)(1 - sum_err Â_te) / sum_t (I_t + p_t)`
+    completeness: float  #: `sum_t (I_t + p_t)(1 - sum_err Â_te) / sum_t (I_t + p_t)`, t over all nodes
 
 
 class GraphScores(NamedTuple):

@@ -27,6 +27,7 @@ from replacement.linearised import Linearisation
 from replacement.loading import load_bridge
 from replacement.local import LocalModel
 from replacement.neurons import Neurons, neurons
+from replacement.starts import start_token
 from replacement.sweep import Transposed
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
@@ -164,10 +165,9 @@ class ReplacementModel:
         if not prompt.strip():
             raise InputError("prompt: is empty; give at least one word")
         ids = self.word_ids(prompt, what="prompt")
-        first = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-        bos = next((token for token in first if token is not None), None)
-        if ids and ids[0] not in tokenizer.all_special_ids and bos is not None:
-            ids.insert(0, bos)
+        start = start_token(tokenizer)
+        if ids and ids[0] not in tokenizer.all_special_ids and start is not None:
+            ids.insert(0, start)
         return torch.tensor(ids, dtype=torch.long)
 
     def word_ids(self, text: str, *, what: str) -> list[int]:

@@ -29,11 +29,21 @@ class Replacement(Protocol):
         ...
 
 
+def read_hooks(dictionary: Dictionary) -> tuple[str, ...]:
+    """Full names of the hooks that a dictionary reads, side by side where there are several."""
+    return dictionary.parts if isinstance(dictionary, Crosscoder) else (hook_name(dictionary.layer, dictionary.read),)
+
+
+def reads_ahead(dictionary: Dictionary) -> bool:
+    """Whether a dictionary reads hooks that come after one that it writes: an acausal crosscoder of several parts."""
+    return len(read_hooks(dictionary)) > 1
+
+
 class Substitution:
     """A set of dictionaries as a `Replacement`, for one forward pass.
 
-    A written hook holds `sum over its dictionaries of a W_dec + b_dec (+ W_skip x)`. An acausal crosscoder reads hooks
-    that come after those it writes, so it needs `original`, the activations of a pass in which nothing was replaced.
+    A written hook holds `sum over its dictionaries of a W_dec + b_dec (+ W_skip x)`. A dictionary that `reads_ahead`
+    needs `original`, the activations of a pass in which nothing was replaced.
     """
 
     def __init__(
@@ -48,13 +58,14 @@ class Substitution:
         self._readers: dict[str, Dictionary] = {}
         self._waiting: dict[str, Tensor] = {}
         for dictionary in dictionaries:
-            if isinstance(dictionary, Crosscoder):
+            if reads_ahead(dictionary):
+                assert isinstance(dictionary, Crosscoder)
                 assert original is not None, "a crosscoder needs the original's activations"
                 parts = dictionary(torch.cat([original[name] for name in dictionary.parts], -1))
                 for index, name in enumerate(dictionary.parts):
                     self._waiting[name] = parts[..., index, :]
             else:
-                self._readers[hook_name(dictionary.layer, dictionary.read)] = dictionary
+                self._readers[read_hooks(dictionary)[0]] = dictionary
 
     def read(self, name: str, x: Float[Tensor, "*batch width"]) -> None:
         if (dictionary := self._readers.get(name)) is None:

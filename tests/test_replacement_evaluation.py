@@ -72,6 +72,31 @@ def test_an_approximation_that_is_zero_has_no_cosine_and_misses_all() -> None:
     assert found.cosine == 0 and found.nmse == 1 and math.isnan(found.fvu), "what does not vary has no variance"
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e7])
+def test_the_variance_of_small_changes_about_a_large_mean_is_exact(offset: float) -> None:
+    """However it is batched, empty batches among them: nothing large is subtracted from something as large."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(1000, 5, generator=generator, dtype=torch.float64) + offset * torch.randn(5, generator=generator)
+    ours = y + 0.1 * torch.randn(1000, 5, generator=generator)
+    expected = ((y - ours).square().sum() / (y - y.mean(0)).square().sum()).item()
+    for sizes in ([1000], [1, 0, 499, 500], [0, 7] + [331] * 3):
+        meter = ErrorMeter()
+        for one, other in zip(y.split(sizes), ours.split(sizes), strict=True):
+            meter.update(one, other)
+        found = meter.figures().fvu
+        assert math.isnan(found) if offset == 1e7 else found == pytest.approx(expected, rel=1e-9)
+
+
+def test_activations_that_differ_by_rounding_alone_have_no_fvu() -> None:
+    """A constant is one too where its mean over a batch is rounded, or where batches round it differently."""
+    for scale in (1e-3, 0.1, 3e5):
+        meter, constant = ErrorMeter(), scale * (torch.rand(1, 64, generator=torch.Generator().manual_seed(1)) + 0.1)
+        for number, size in enumerate((3, 64, 7)):
+            meter.update((constant * (1 + number * 6e-8)).expand(size, 64), torch.zeros(size, 64))
+        found = meter.figures()
+        assert math.isnan(found.fvu) and found.nmse == pytest.approx(1)
+
+
 def test_a_perfect_dictionary_has_no_unexplained_variance() -> None:
     dictionary, x = transcoder(), torch.randn(50, 6)
     with torch.no_grad():

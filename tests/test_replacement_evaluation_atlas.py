@@ -29,7 +29,7 @@ def test_the_bridge_measures_what_the_recipe_measures(documents: torch.Tensor) -
     folder = pretrained.directory("atlas")
     dictionaries = formats.load(formats.find("skip_transcoders", folder, "atlas"))
     bridge, _ = load_bridge("atlas", torch.float32, "cpu")
-    splice = Splice(bridge, dictionaries, keep_first=False)
+    splice = Splice(bridge, dictionaries, keep_starts=False)
     found = evaluate(splice, documents.split(5), every_site=False)
     llama = ReplaceableLlama(AutoModelForCausalLM.from_pretrained(folder, local_files_only=True))
     _, values = llama.original(documents)

@@ -42,11 +42,11 @@ def perfect_crosscoder(layers: tuple[int, ...], site: str, width: int) -> Crossc
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("keep_first", [True, False])
+@pytest.mark.parametrize("keep_starts", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_neurons_in_place_of_the_mlps_change_nothing(tiny_model, family: str, keep_first: bool) -> None:
+def test_neurons_in_place_of_the_mlps_change_nothing(tiny_model, family: str, keep_starts: bool) -> None:
     bridge = tiny_model(family, "neurons").bridge
-    splice = Splice(bridge, neurons(bridge, torch.float64), keep_first=keep_first)
+    splice = Splice(bridge, neurons(bridge, torch.float64), keep_starts=keep_starts)
     clean = splice.original(TOKENS).logits
     assert torch.allclose(splice.replaced(TOKENS).logits, clean, atol=1e-9)
     for site in splice.writes:
@@ -74,7 +74,27 @@ def test_a_perfect_crosscoder_changes_nothing(tiny_model) -> None:
     assert torch.allclose(splice.replaced(TOKENS).logits, splice.original(TOKENS).logits, atol=1e-9)
 
 
-def by_hand(bridge, dictionaries: DictionarySet, sites: tuple[str, ...], *, keep_first: bool) -> Tensor:
+def test_a_crosscoder_of_one_part_is_an_sae(tiny_model) -> None:
+    """It reads where it writes, in the run that it is written into, beside dictionaries below it."""
+    model = tiny_model("llama", "transcoder", "topk")
+    generator = torch.Generator().manual_seed(0)
+    rows, W_dec = (torch.randn(40, 24, generator=generator).double() for _ in range(2))
+    bias, site = torch.randn(24, generator=generator).double(), "hook_mlp_out"
+    one = Crosscoder(
+        parts=(hook_name(2, site),), site=site, W_enc=rows, b_enc=torch.zeros(40).double(), W_dec=W_dec[:, None],
+        b_dec=bias[None], activation=ReLU(),
+    )  # fmt: skip
+    sae = Transcoder(
+        layer=2, read=site, write=site, W_enc=rows, b_enc=torch.zeros(40).double(), W_dec=W_dec, b_dec=bias,
+        activation=ReLU(),
+    )  # fmt: skip
+    for below in ({}, {0: model.dictionaries.by_layer[0]}):
+        ours, theirs = (Splice(model.bridge, DictionarySet({**below, 2: each}, "one")) for each in (one, sae))
+        assert (ours.reads, ours.writes) == (theirs.reads, theirs.writes)
+        assert torch.equal(ours.replaced(TOKENS).logits, theirs.replaced(TOKENS).logits)
+
+
+def by_hand(bridge, dictionaries: DictionarySet, sites: tuple[str, ...], *, keep_starts: bool) -> Tensor:
     """Per-layer hooks written out: read, then write the sum of all writers."""
     seen: dict[int, Tensor] = {}
 
@@ -92,7 +112,7 @@ def by_hand(bridge, dictionaries: DictionarySet, sites: tuple[str, ...], *, keep
                 features = torch.arange(one.n_features)
                 value = value + one.encode(seen[one.layer]) @ one.write_rows(features, layer)
             value = value.expand_as(tensor).clone()
-            if keep_first:
+            if keep_starts:
                 value[:, 0] = tensor[:, 0]
             return value
 
@@ -108,14 +128,14 @@ def by_hand(bridge, dictionaries: DictionarySet, sites: tuple[str, ...], *, keep
         return bridge.run_with_hooks(TOKENS, fwd_hooks=hooks)
 
 
-@pytest.mark.parametrize("keep_first", [True, False])
+@pytest.mark.parametrize("keep_starts", [True, False])
 @pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder", "cross_layer_transcoder"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_replaced_runs_equal_those_made_by_hand(tiny_model, family: str, kind: str, keep_first: bool) -> None:
+def test_replaced_runs_equal_those_made_by_hand(tiny_model, family: str, kind: str, keep_starts: bool) -> None:
     model = tiny_model(family, kind)
-    splice = Splice(model.bridge, model.dictionaries, keep_first=keep_first)
+    splice = Splice(model.bridge, model.dictionaries, keep_starts=keep_starts)
     for sites in (splice.writes, splice.writes[1:2], splice.writes[2:]):
-        expected = by_hand(model.bridge, model.dictionaries, sites, keep_first=keep_first)
+        expected = by_hand(model.bridge, model.dictionaries, sites, keep_starts=keep_starts)
         assert torch.allclose(splice.replaced(TOKENS, sites).logits, expected, atol=1e-9)
 
 

@@ -16,11 +16,11 @@ from tests.tiny import VOCABULARY
 TOKENS = torch.randint(3, VOCABULARY, (5, 8), generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("keep_first", [True, False])
+@pytest.mark.parametrize("keep_starts", [True, False])
 @pytest.mark.parametrize("kind", ["skip_transcoder", "cross_layer_transcoder"])
-def test_streamed_figures_equal_their_definitions(tiny_model, kind: str, keep_first: bool) -> None:
-    model, first = tiny_model("llama", kind, "jumprelu"), int(keep_first)
-    splice = Splice(model.bridge, model.dictionaries, keep_first=keep_first)
+def test_streamed_figures_equal_their_definitions(tiny_model, kind: str, keep_starts: bool) -> None:
+    model, first = tiny_model("llama", kind, "jumprelu"), int(keep_starts)
+    splice = Splice(model.bridge, model.dictionaries, keep_starts=keep_starts)
     found = evaluate(splice, TOKENS.split(2))
     clean = splice.original(TOKENS, {*splice.reads, *splice.writes})
     values = {name: value[:, first:].flatten(0, 1) for name, value in clean.values.items()}
@@ -58,6 +58,15 @@ def test_one_layer_downstream_equals_its_definition(tiny_model) -> None:
     assert found[2].downstream is None, "nothing is below the last layer"
 
 
+def test_a_stream_is_judged_alike_as_it_leaves_a_block_and_as_it_enters_the_next() -> None:
+    for layer in range(3):
+        assert next_hooks(f"blocks.{layer}.hook_resid_post", 3) == next_hooks(f"blocks.{layer + 1}.hook_resid_pre", 3)
+    assert next_hooks("blocks.0.hook_resid_pre", 3) == ("blocks.0.mlp.hook_out", "blocks.0.hook_resid_post")
+    for site in ("hook_attn_out", "attn.hook_z", "hook_resid_mid", "mlp.hook_out", "hook_resid_post"):
+        assert next_hooks(f"blocks.0.{site}", 2) == ("blocks.1.mlp.hook_out", "blocks.1.hook_resid_post")
+        assert next_hooks(f"blocks.1.{site}", 2) is None
+
+
 def test_single_sites_are_the_whole_where_there_is_one(tiny_model) -> None:
     """With a dictionary at one layer only, replacing that site is replacing all of them."""
     model = tiny_model("llama", "transcoder")
@@ -92,7 +101,7 @@ def test_firing_counts_tokens(tiny_model) -> None:
 
 def test_documents_without_a_next_token_are_refused(tiny_model) -> None:
     model = tiny_model("llama", "transcoder")
-    with pytest.raises(InputError, match="documents of 1 tokens have no next token"):
+    with pytest.raises(InputError, match="got documents of 1 tokens; needs 3 or more"):
         evaluate(Splice(model.bridge, model.dictionaries), [TOKENS[:, :1]])
     with pytest.raises(InputError, match="got no tokens"):
         evaluate(Splice(model.bridge, model.dictionaries), [])

@@ -17,9 +17,10 @@ from replacement.evaluation.baselines import principal_components, random_dictio
 from replacement.evaluation.probing import accuracy, balanced_examples, fit_difference_in_means, fit_probe
 from replacement.evaluation.reconstruction import ErrorMeter
 from replacement.evaluation.sample import Halves, Sample
-from replacement.evaluation.splicing import encode, read_hooks, reconstruct, written_hooks
+from replacement.evaluation.splicing import encode, reconstruct, written_hooks
 from replacement.neurons import Neurons
 from replacement.sites import hook_name
+from replacement.substitution import read_hooks
 from replacement.transcoder import Transcoder
 
 MOST_RANDOM = 8192

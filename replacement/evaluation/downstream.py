@@ -15,22 +15,27 @@ from torch import Tensor
 from replacement.evaluation.reconstruction import ErrorFigures, ErrorMeter
 from replacement.sites import hook_name
 
-MLP, RESIDUAL = "mlp.hook_out", "hook_resid_post"
+ENTRY, MLP, RESIDUAL = "hook_resid_pre", "mlp.hook_out", "hook_resid_post"
 _LAYER = re.compile(r"blocks\.(\d+)\.")
 
 
 class DownstreamFigures(NamedTuple):
-    """The layer after a replaced site, against the original's."""
+    """The block after a replaced site (`next_hooks`), against the original's."""
 
-    mlp: ErrorFigures  #: of the next block's MLP output
-    residual: ErrorFigures  #: of the residual stream after the next block
+    mlp: ErrorFigures  #: of that block's MLP output
+    residual: ErrorFigures  #: of the residual stream after that block
 
 
 def next_hooks(site: str, n_layers: int) -> tuple[str, str] | None:
-    """The next block's MLP output and residual stream, seen from a site; None after the last block."""
+    """MLP output and residual stream of the first block that a site enters at its beginning; None without such a block.
+
+    That is the block itself for `hook_resid_pre`, and the next one for every other site: a stream is judged alike under
+    both of its names, as it leaves one block and as it enters the next. What a site does inside its own block
+    (attention to the MLP behind it) is not looked at.
+    """
     match = _LAYER.match(site)
     assert match, site
-    layer = int(match[1]) + 1
+    layer = int(match[1]) + int(not site.endswith(f".{ENTRY}"))
     return (hook_name(layer, MLP), hook_name(layer, RESIDUAL)) if layer < n_layers else None
 
 

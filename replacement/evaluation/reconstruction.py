@@ -19,6 +19,9 @@ from replacement.errors import InputError
 
 DENSE = 0.1
 """A feature that fires at more than this share of the tokens is dense."""
+CONSTANT = 1e-12
+"""Activations with at most this share of `sum |y|^2` as variance do not vary: float32 rounds to 6e-8 of a value (4e-15
+when squared), and a sum of rounded numbers to somewhat more."""
 BINS_PER_DECADE = 4
 DECADES = 7
 
@@ -26,7 +29,7 @@ DECADES = 7
 class ErrorFigures(NamedTuple):
     """What is missed of one activation vector, over an evaluation set."""
 
-    fvu: float  #: `sum |y - y'|^2 / sum |y - mean y|^2`, the mean over the whole set
+    fvu: float  #: `sum |y - y'|^2 / sum |y - mean y|^2`, the mean over the whole set; NaN where y does not vary
     nmse: float  #: `sum |y - y'|^2 / sum |y|^2`
     cosine: float  #: mean over tokens of `y . y' / (|y| |y'|)`, 0 where one of them is 0
     tokens: int  #: size of the set
@@ -65,30 +68,38 @@ class LayerFigures(NamedTuple):
 
 
 class ErrorMeter:
-    """Streams FVU, NMSE and cosine of an approximation."""
+    """Streams FVU, NMSE and cosine of an approximation, in float64.
+
+    The variance of all batches is that of each about its own mean, and of the means (Chan et al. 1979): no large
+    numbers are subtracted. Where it is within rounding of the activations (`CONSTANT`), the FVU is NaN.
+    """
 
     def __init__(self) -> None:
-        self._error = self._square = self._cosine = 0.0
-        self._sum: Tensor | float = 0.0
+        self._error = self._square = self._cosine = self._variance = 0.0
+        self._mean: Tensor | float = 0.0
         self._tokens = 0
 
     @torch.no_grad()
     def update(self, y: Float[Tensor, "tokens width"], approximation: Float[Tensor, "tokens width"]) -> None:
         """Take in one batch: the activations and what stands for them."""
+        if not len(y):
+            return
         wide, ours = y.double(), approximation.double()
         self._error += (wide - ours).square().sum().item()
         self._square += wide.square().sum().item()
         self._cosine += F.cosine_similarity(wide, ours, eps=1e-30).sum().item()
-        self._sum = self._sum + wide.sum(0)
+        mean, before = wide.mean(0), self._tokens
         self._tokens += len(y)
+        moved, share = mean - self._mean, len(y) / self._tokens
+        self._variance += ((wide - mean).square().sum() + before * share * moved.square().sum()).item()
+        self._mean = self._mean + share * moved
 
     def figures(self) -> ErrorFigures:
         """Figures over everything taken in so far; raises `InputError` when that is nothing."""
-        if not isinstance(self._sum, Tensor) or not self._tokens:
+        if not self._tokens:
             raise InputError("ErrorMeter.figures(): got no tokens, needs at least one batch; call update first")
-        variance = self._square - self._sum.square().sum().item() / self._tokens
         return ErrorFigures(
-            fvu=self._error / variance if variance > 0 else float("nan"),
+            fvu=self._error / self._variance if self._variance > CONSTANT * self._square else float("nan"),
             nmse=self._error / self._square if self._square > 0 else float("nan"),
             cosine=self._cosine / self._tokens,
             tokens=self._tokens,

@@ -49,29 +49,33 @@ def collect(
     """Activations at every hook that dictionaries read or write, of whole documents.
 
     batches: token ids, BOS first. tasks: labels by name. tokens: about how many to keep. memory: bytes that the sample
-    may take; fewer tokens are kept where they do not fit. Position 0 is left out where the splice keeps it.
-    Raises `InputError` where there are fewer than two documents.
+    may take; fewer tokens are kept where they do not fit. Start tokens are left out where the splice keeps them.
+    Raises `InputError` where there are fewer than two documents, or no other tokens in either half.
     """
-    hooks, first = dict.fromkeys((*splice.reads, *splice.writes)), int(splice.keep_first)
+    hooks = dict.fromkeys((*splice.reads, *splice.writes))
     values: dict[str, list[Tensor]] = {name: [] for name in hooks}
     labels: dict[str, list[Tensor]] = {name: [] for name in tasks or {}}
-    documents, wanted = 0, 0
+    lengths, wanted = list[int](), 0  # tokens of each document that count
     for ids in batches:
         found = splice.original(ids, hooks).values
         if not wanted:
             each = sum(value.shape[-1] * value.element_size() for value in found.values())
-            wanted = max(2, min(tokens, memory // each) // (ids.shape[1] - first))
-        room = wanted - documents
+            wanted = max(2, min(tokens, memory // each) // max(1, ids.shape[1] - int(splice.keep_starts)))
+        room = wanted - len(lengths)
+        counted = splice.counted(ids[:room])
         for name, value in found.items():
-            values[name].append(value[:room, first:].cpu())
+            values[name].append(value[:room][counted].cpu())
         for task, labelling in (tasks or {}).items():
-            labels[task].append(labelling(ids)[:room, first:])
-        documents += min(room, len(ids))
-        if documents >= wanted:
+            labels[task].append(labelling(ids)[:room][counted.cpu()])
+        lengths += counted.sum(1).tolist()
+        if len(lengths) >= wanted:
             break
-    if documents < 2:
-        raise InputError(f"collect: got {documents} documents, needs 2 or more: one to fit on, another to measure on")
-    whole = [{name: torch.cat(parts) for name, parts in one.items()} for one in (values, labels)]
-    half = documents // 2
-    cut = (slice(None, half), slice(half, None))
-    return Halves(*(Sample(*({n: v[rows].flatten(0, 1) for n, v in one.items()} for one in whole)) for rows in cut))
+    if len(lengths) < 2:
+        raise InputError(
+            f"collect: got {len(lengths)} documents, needs 2 or more: one to fit on, another to measure on"
+        )
+    half = sum(lengths[: len(lengths) // 2])
+    if not 0 < half < sum(lengths):
+        raise InputError("collect: one half of the documents holds start tokens alone; pass more data")
+    whole = Sample(*({name: torch.cat(parts) for name, parts in one.items()} for one in (values, labels)))
+    return Halves(whole.part(slice(half)), whole.part(slice(half, None)))

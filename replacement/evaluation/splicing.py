@@ -11,14 +11,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from replacement.crosscoder import Crosscoder
 from replacement.dictionary import Dictionary, DictionarySet
 from replacement.errors import InputError
 from replacement.sites import hook_name
-from replacement.substitution import Ablation, Replacement, Substitution
+from replacement.starts import start_token, start_tokens
+from replacement.substitution import Ablation, Replacement, Substitution, read_hooks, reads_ahead
 
 Activations = Mapping[str, Float[Tensor, "*tokens width"]]
 """Full hook name -> activations at the same tokens."""
@@ -31,11 +32,6 @@ class Pass(NamedTuple):
 
     logits: Float[Tensor, "batch pos vocab"]
     values: dict[str, Float[Tensor, "batch pos width"]]  # hook -> what stood there, before anything was overwritten
-
-
-def read_hooks(dictionary: Dictionary) -> tuple[str, ...]:
-    """Full names of the hooks that a dictionary reads, side by side where there are several."""
-    return dictionary.parts if isinstance(dictionary, Crosscoder) else (hook_name(dictionary.layer, dictionary.read),)
 
 
 def written_hooks(dictionaries: Iterable[Dictionary]) -> tuple[str, ...]:
@@ -82,16 +78,19 @@ class Splice:
     """A model whose sites can be overwritten by dictionaries, one site or all of them.
 
     A dictionary reads what stands at its hooks in the very run that it writes into, so that what lower sites lost
-    reaches it. One that reads a hook above the lowest it writes (a crosscoder) can't, and reads the original's run.
+    reaches it. One that reads a hook above the lowest it writes (a crosscoder of several parts) can't, and reads the
+    original's run.
     """
 
-    def __init__(self, bridge: Any, dictionaries: DictionarySet, *, keep_first: bool = True) -> None:
+    def __init__(self, bridge: Any, dictionaries: DictionarySet, *, keep_starts: bool = True) -> None:
         """Take a TransformerBridge and dictionaries that fit it.
 
-        keep_first: position 0 (BOS) keeps the model's own values, as dictionaries are not trained on it. Raises
-        `InputError` for a hook that the model lacks, or a crosscoder of several models.
+        keep_starts: start tokens, the first of each row and others inside it, keep the model's own values, as
+        dictionaries are not trained on them. Raises `InputError` for a hook that the model lacks, or a crosscoder of
+        several models.
         """
-        self.bridge, self.dictionaries, self.keep_first = bridge, dictionaries, keep_first
+        self.bridge, self.dictionaries, self.keep_starts = bridge, dictionaries, keep_starts
+        self._start = None if bridge.tokenizer is None else start_token(bridge.tokenizer)
         parameter = next(bridge.parameters())
         self.device = parameter.device
         compute = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -111,7 +110,12 @@ class Splice:
                     "pass the model that they were trained on"
                 )
         self._compute = compute
-        self._from_original = any(len(read_hooks(one)) > 1 for one in dictionaries)
+        self._from_original = any(reads_ahead(one) for one in dictionaries)
+
+    def counted(self, tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+        """Where dictionaries stand in for the model and figures are taken: all tokens but the start tokens kept."""
+        ids = tokens.to(self.device)
+        return ~start_tokens(ids, self._start) if self.keep_starts else torch.ones_like(ids, dtype=torch.bool)
 
     def original(self, tokens: Int[Tensor, "batch pos"], keep: Collection[str] = ()) -> Pass:
         """The model's own run, and what stood at the hooks in `keep`."""
@@ -136,6 +140,7 @@ class Splice:
         self, tokens: Int[Tensor, "batch pos"], keep: Collection[str], replacement: Replacement | None = None
     ) -> Pass:
         values: dict[str, Tensor] = {}
+        replace = self.counted(tokens)[..., None]
 
         def hook_function(name: str) -> Callable[..., Tensor | None]:
             def function(tensor: Tensor, hook: object) -> Tensor | None:
@@ -149,8 +154,7 @@ class Splice:
                 replacement.read(name, flat.to(self._compute))
                 if (new := replacement.write(name)) is None:
                     return None
-                new = new.to(tensor.dtype).reshape(tensor.shape)
-                return torch.cat([tensor[:, :1], new[:, 1:]], 1) if self.keep_first else new
+                return torch.where(replace, new.to(tensor.dtype), flat).reshape(tensor.shape)
 
             return function
 

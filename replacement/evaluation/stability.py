@@ -1,7 +1,8 @@
 """How much two dictionaries have in common: matched cosines of their decoder rows.
 
-The greedy figure is the mean max cosine similarity of Sharkey et al. 2022; the one-to-one figure follows Paulo and
-Belrose 2025 ("Sparse autoencoders trained on the same data learn different features"), whose threshold is 0.7.
+Cosines are taken in float64. The greedy figure is the mean max cosine similarity of Sharkey et al. 2022; the one-to-one
+figure follows Paulo and Belrose 2025 ("Sparse autoencoders trained on the same data learn different features"), whose
+threshold is 0.7.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from replacement.dictionary import Dictionary
+from replacement.dictionary import Dictionary, DictionarySet
 from replacement.errors import InputError
+from replacement.evaluation.splicing import written_hooks
+from replacement.substitution import read_hooks
 
 SHARED = 0.7
 """Matched features with at least this cosine count as the same."""
@@ -35,6 +38,30 @@ def write_directions(dictionary: Dictionary) -> Float[Tensor, "n_features width"
     """What each feature writes, at all its layers side by side."""
     features = torch.arange(dictionary.n_features, device=dictionary.b_dec.device)
     return torch.cat([dictionary.write_rows(features, layer).detach() for layer in dictionary.write_layers], -1)
+
+
+def shared_layers(a: DictionarySet, b: DictionarySet) -> tuple[int, ...]:
+    """Layers under which both sets file a dictionary, to be compared.
+
+    Raises `InputError` where there are none, or where two of one layer read or write different hooks: what features
+    write at different places cannot be the same.
+    """
+    layers = tuple(sorted(a.by_layer.keys() & b.by_layer.keys()))
+    if not layers:
+        raise InputError(f"stability of {a.name} against {b.name}: they share no layer; needs dictionaries of the same")
+    for layer in layers:
+        ours, theirs = (_places(one.by_layer[layer]) for one in (a, b))
+        if ours != theirs:
+            raise InputError(
+                f"stability of {a.name} against {b.name}: layer {layer} {ours} in one and {theirs} in the other; needs "
+                "a set of the same sites, trained with another seed"
+            )
+    return layers
+
+
+def _places(dictionary: Dictionary) -> str:
+    reads, writes = (", ".join(hooks) for hooks in (read_hooks(dictionary), written_hooks([dictionary])))
+    return f"reads {reads} and writes {writes}"
 
 
 def stability(
@@ -61,9 +88,9 @@ def stability(
         )
     cosines = torch.cat([part @ right.T for part in left.split(_ROWS)])
     rows, columns = linear_sum_assignment(cosines.numpy(), maximize=True)
-    pairs = cosines[torch.from_numpy(rows), torch.from_numpy(columns)].double()
+    pairs = cosines[torch.from_numpy(rows), torch.from_numpy(columns)]
     return StabilityFigures(
-        greedy=cosines.amax(1).double().mean().item(),
+        greedy=cosines.amax(1).mean().item(),
         matched=pairs.mean().item(),
         shared=(pairs >= SHARED).double().mean().item(),
         features=(len(left), len(right)),
@@ -71,5 +98,5 @@ def stability(
 
 
 def _unit(rows: Float[Tensor, "n width"]) -> Float[Tensor, "kept width"]:
-    kept = rows[rows.norm(dim=1) > 0].cpu()
-    return F.normalize(kept.double() if kept.dtype == torch.float64 else kept.float(), dim=1)
+    wide = rows.cpu().double()
+    return F.normalize(wide[wide.norm(dim=1) > 0], dim=1)

@@ -2,6 +2,12 @@
 
 The model is a bridge, the documents are token ids; each batch is run once as it is, once with each site replaced and
 once ablated, and once with all of them. Nothing is kept but sums.
+
+Start tokens, the first of a row and those between its documents, count in no figure where the splice keeps them, as
+training leaves them out: activations are counted at all other tokens, predictions where neither the token that is read
+nor the one that follows is a start token (what follows the end of a document is no matter of the model's). Tokens of
+very high norm, which training leaves out too, do count: the replaced model has to do with them, and which they are
+depends on the batch they come in.
 """
 
 from __future__ import annotations
@@ -9,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from replacement.dictionary import DictionarySet
@@ -44,7 +50,7 @@ class SiteFigures(NamedTuple):
     site: str  #: full hook name
     reconstruction: ErrorFigures  #: all that write there together, from the original's activations
     replacement: ReplacementFigures | None  #: only this site replaced; None where it was not asked for
-    downstream: DownstreamFigures | None  #: only this site replaced; None at the last layer, or not asked for
+    downstream: DownstreamFigures | None  #: only this site replaced; None without a block after it, or not asked for
 
 
 class Evaluation(NamedTuple):
@@ -65,31 +71,41 @@ def evaluate(
 ) -> Evaluation:
     """Reconstruction of every written site, and the model with each of them replaced alone and with all replaced.
 
-    batches: token ids, BOS first; position 0 counts in no figure where the splice keeps it.
+    batches: token ids, BOS first; start tokens count in no figure where the splice keeps them.
     replace: run the replaced model with all sites (KL, top-1, cross-entropy recovered).
     every_site: also with each site alone, and compare the next layer (two more passes a site).
     progress: called after each batch with its tokens.
-    Raises `InputError` where there are no documents, or documents of fewer than two tokens.
+    Raises `InputError` where there are no documents, or too short ones (`require_context`).
     """
     meters = _Meters(splice, replace=replace, every_site=replace and every_site)
     for tokens in batches:
-        if tokens.shape[1] < 2:
-            raise InputError(f"evaluate: documents of {tokens.shape[1]} tokens have no next token; needs 2 or more")
+        require_context(splice, tokens.shape[1], replace=replace)
         meters.update(tokens)
         if progress is not None:
             progress(tokens.numel())
     return meters.figures()
 
 
+def require_context(splice: Splice, context: int, *, replace: bool) -> None:
+    """Raise `InputError` where documents of so many tokens have none that counts, or, to replace, no next one."""
+    least = 1 + int(splice.keep_starts) + int(replace)
+    if context < least:
+        why = "after the start token, " if splice.keep_starts else ""
+        what = "a token and the one that follows" if replace else "a token"
+        raise InputError(f"evaluate: got documents of {context} tokens; needs {least} or more: {why}{what}")
+
+
 def firing(splice: Splice, batches: Iterable[Int[Tensor, "documents pos"]]) -> dict[int, FiringMeter]:
-    """How often every feature fires, by the layer of its dictionary; position 0 is left out where the splice keeps it.
+    """How often every feature fires, by the layer of its dictionary; start tokens are left out where the splice keeps
+    them.
 
     batches: token ids, BOS first.
     """
     meters = {layer: FiringMeter(one.n_features) for layer, one in splice.dictionaries.by_layer.items()}
     for tokens in batches:
         values = splice.original(tokens, splice.reads).values
-        kept = {name: value[:, int(splice.keep_first) :].flatten(0, 1) for name, value in values.items()}
+        counted = splice.counted(tokens)
+        kept = {name: value[counted] for name, value in values.items()}
         for layer, activations in encode(splice.dictionaries, kept).items():
             meters[layer].update(activations)
     return meters
@@ -110,7 +126,8 @@ class _Meters:
         splice = self.splice
         after = {name for pair in self.next.values() for name in pair} if self.every_site else set()
         clean = splice.original(tokens, {*splice.reads, *splice.writes, *after})
-        values = {name: self._counted(value) for name, value in clean.values.items()}
+        counted = splice.counted(tokens)
+        values = {name: value[counted] for name, value in clean.values.items()}
         encodings = encode(splice.dictionaries, values)
         for layer, meter in self.firing.items():
             meter.update(encodings[layer])
@@ -123,19 +140,17 @@ class _Meters:
             ours = splice.replaced(tokens, [site], downstream)
             self._compare(self.single[site], tokens, clean, ours, splice.ablated(tokens, [site]))
             if downstream:
-                first, second = (self._counted(ours.values[name]) for name in downstream)
+                first, second = (ours.values[name][counted] for name in downstream)
                 self.downstream[site].update((values[downstream[0]], values[downstream[1]]), (first, second))
-
-    def _counted(self, value: Float[Tensor, "documents pos width"]) -> Float[Tensor, "tokens width"]:
-        return value[:, int(self.splice.keep_first) :].flatten(0, 1)
 
     def _compare(
         self, meter: ReplacementMeter, tokens: Int[Tensor, "documents pos"], clean: Pass, ours: Pass, none: Pass
     ) -> None:
-        """Predictions at every position but the last, whose next token is not known."""
-        first = int(self.splice.keep_first)
-        original, replaced, ablated = (one.logits[:, first:-1].flatten(0, 1) for one in (clean, ours, none))
-        meter.update(original, replaced, ablated, tokens[:, first + 1 :].flatten().to(original.device))
+        """Predictions where both tokens count, the one that is read and the one that follows."""
+        counted = self.splice.counted(tokens)
+        both = counted[:, :-1] & counted[:, 1:]
+        original, replaced, ablated = (one.logits[:, :-1][both] for one in (clean, ours, none))
+        meter.update(original, replaced, ablated, tokens[:, 1:].to(both.device)[both])
 
     def figures(self) -> Evaluation:
         dictionaries: DictionarySet = self.splice.dictionaries

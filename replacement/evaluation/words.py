@@ -16,6 +16,7 @@ from replacement.evaluation.absorption import AbsorptionFigures, first_letter_ab
 from replacement.evaluation.splicing import Splice, encode
 from replacement.evaluation.stability import write_directions
 from replacement.sites import hook_name
+from replacement.starts import start_token
 
 MOST_WORDS = 5000
 _BATCH = 512
@@ -39,12 +40,12 @@ def evaluate_absorption(splice: Splice, *, limit: int = MOST_WORDS, seed: int = 
     Raises `InputError` where the tokenizer has no BOS token, or the vocabulary no words.
     """
     tokenizer = splice.bridge.tokenizer
-    bos = next((t for t in (tokenizer.bos_token_id, tokenizer.eos_token_id) if t is not None), None)
+    start = start_token(tokenizer)
     words = vocabulary_words(tokenizer, limit=limit, seed=seed)
-    if bos is None or not words:
+    if start is None or not words:
         raise InputError("absorption: needs a tokenizer with a BOS token and words of the letters a to z")
     ids, letters = torch.tensor(list(words)), first_letters(list(words.values()))
-    values = _run_alone(splice, ids, bos)
+    values = _run_alone(splice, ids, start)
     encodings = encode(splice.dictionaries, values)
     found = {}
     for layer, one in sorted(splice.dictionaries.by_layer.items()):
@@ -54,11 +55,11 @@ def evaluate_absorption(splice: Splice, *, limit: int = MOST_WORDS, seed: int = 
     return found
 
 
-def _run_alone(splice: Splice, ids: Int[Tensor, " words"], bos: int) -> dict[str, Tensor]:
+def _run_alone(splice: Splice, ids: Int[Tensor, " words"], start: int) -> dict[str, Tensor]:
     hooks = dict.fromkeys((*splice.reads, *splice.writes))
     values: dict[str, list[Tensor]] = {name: [] for name in hooks}
     for batch in ids.split(_BATCH):
-        run = splice.original(torch.stack([torch.full_like(batch, bos), batch], 1), hooks)
+        run = splice.original(torch.stack([torch.full_like(batch, start), batch], 1), hooks)
         for name, value in run.values.items():
             values[name].append(value[:, 1])
     return {name: torch.cat(parts) for name, parts in values.items()}

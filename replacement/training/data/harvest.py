@@ -21,7 +21,7 @@ from torch import Tensor
 from replacement.errors import InputError
 from replacement.finite import all_finite
 from replacement.sites import hook_name
-from replacement.training.data.packing import start_token
+from replacement.starts import start_token, start_tokens
 from replacement.training.data.tokens import TokenSource
 
 _SAMPLES = 64
@@ -119,12 +119,8 @@ class BridgeActivations:
         return digest.hexdigest()
 
     def _starts(self, ids: Int64[Tensor, "documents pos"]) -> Bool[Tensor, " tokens"]:
-        starts = torch.zeros_like(ids, dtype=torch.bool)
-        if self.drop_bos:
-            starts[:, 0] = True
-            if self._start is not None:
-                starts |= ids == self._start
-        return starts.flatten()
+        found = start_tokens(ids, self._start) if self.drop_bos else torch.zeros_like(ids, dtype=torch.bool)
+        return found.flatten()
 
     def _high(
         self, norms: Mapping[str, Float[Tensor, "documents pos"]], starts: Bool[Tensor, " tokens"]

@@ -23,6 +23,7 @@ from jaxtyping import Int64
 from torch import Tensor, from_numpy
 
 from replacement.errors import InputError
+from replacement.starts import start_token
 from replacement.training.data.texts import Documents
 
 SPLITS = ("train", "held_out")
@@ -71,12 +72,6 @@ class Encoder:
         else:
             content = [type(self.tokenizer).__name__, sorted(self.tokenizer.get_vocab().items())]
         return hashlib.sha256(json.dumps([content, self.start], sort_keys=True).encode()).hexdigest()
-
-
-def start_token(tokenizer: Any) -> int | None:
-    """BOS, or what stands in its place where a tokenizer has none: padding, end of text; None where it has neither."""
-    first = (tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in first if token is not None), None)
 
 
 @dataclass
