@@ -29,8 +29,10 @@ class ReLUSparsity(Penalised):
         return torch.relu(values)
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+        fires = self.fires(activations, active)
+        self.aim(values, active, fires=fires, wanted=self.wanted())
         penalty = self.mesh.features.add(_l1(activations, active, norms, self.k))
-        return self.controlled(self.fires(activations, active)) * penalty
+        return self.controlled(fires) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
         return Exported((encoder.norms,), encoder.b_enc * encoder.norms, ReLU())
@@ -47,7 +49,9 @@ class JumpReLUSparsity(Penalised):
     Penalty "tanh": `sum tanh(4 a |d|)`, its weight moved by the controller (Anthropic, January 2025). "quadratic":
     `(L0 / k - 1)^2` of the batch. The step's derivative is a box of width `bandwidth` around the threshold, and flows
     to the threshold and to the pre-activation, so to all parameters of the encoder. A threshold is kept at a twentieth
-    of the bandwidth or more: its gradient is proportional to it, and at 0 it would be stuck.
+    of the bandwidth or more: its gradient is proportional to it, and at 0 it would be stuck. What L0 is brought to k by
+    beside the penalty goes to thresholds and biases in equal parts: thresholds alone can't go below the least of them,
+    and biases alone change what features write.
     """
 
     threshold: nn.Parameter  # [n_features], float32, learned as it is: its logarithm hardly moves under Adam
@@ -71,6 +75,12 @@ class JumpReLUSparsity(Penalised):
     def levels(self, encoder: Encoder) -> Tensor:
         return self.threshold.detach().clamp_min(_LOWEST * self.bandwidth)
 
+    @torch.no_grad()
+    def nudge(self, b_enc: nn.Parameter) -> None:
+        if b_enc.requires_grad:
+            b_enc.add_(self.due / 2)
+            self.threshold.sub_(self.due / 2)
+
     def fresh(self) -> dict[nn.Parameter, float]:
         return {self.threshold: self.bandwidth}
 
@@ -78,14 +88,16 @@ class JumpReLUSparsity(Penalised):
         return _Jump.apply(values, self.threshold[active.feature.long()], self.bandwidth)
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+        threshold, fires = self.threshold[active.feature.long()], self.fires(activations, active)
+        wanted = torch.full_like(fires, self.k) if self.quadratic else self.wanted()
+        self.aim(values - threshold, active, fires=fires, wanted=wanted)
         if self.quadratic:
-            threshold = self.threshold[active.feature.long()]
             l0 = _Step.apply(values, threshold, self.bandwidth).sum() / active.n_tokens
             l0 = self.mesh.data.mean(self.mesh.features.add(l0))
             return _QUADRATIC_WEIGHT * (l0 / self.k - 1).square()
         written = activations * norms[active.feature.long()]
         penalty = self.mesh.features.add(torch.tanh(_TANH_SCALE * written).sum())
-        return self.controlled(self.fires(activations, active)) * penalty / (active.n_tokens * self.k)
+        return self.controlled(fires) * penalty / (active.n_tokens * self.k)
 
     def export(self, encoder: Encoder) -> Exported:
         threshold = self.levels(encoder) * encoder.norms
@@ -124,8 +136,10 @@ class GatedSparsity(Penalised):
         return torch.relu(self.r_mag.exp()[feature] * values + self.shift[feature]) * gate
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+        fires = self.fires(activations, active)
+        self.aim(values, active, fires=fires, wanted=self.wanted())
         penalty = self.mesh.features.add(_l1(torch.relu(values), active, norms.detach(), self.k))
-        return self.controlled(self.fires(activations, active)) * penalty
+        return self.controlled(fires) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
         """`a = pre [pre > max(threshold, 0)]` with `pre = exp(r_mag) g + shift`: the gate is open where pre > shift."""
