@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from replacement.training import Trainee, TrainingConfig, plans, train
+from replacement.training import Trainee, plans, train
 from tests.test_replacement_training_kinds import N_LAYERS, Planted, config, start
 
 PENALTIES: dict[str, dict[str, Any]] = {
@@ -34,7 +34,7 @@ def l0(trainee: Trainee, source: Planted) -> list[float]:
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_l0_is_reached_whatever_k_is_to_the_number_of_features(penalty: str, size: str) -> None:
     """By every dictionary, to within 10 % on tokens that it has not seen: a third of all features, and one of 64."""
-    given = config(steps=150, **SIZES[size], **PENALTIES[penalty])
+    given = config(batch_tokens=256, tokens=100 * 256, **SIZES[size], **PENALTIES[penalty])
     planned = plans(given, N_LAYERS)
     source = Planted(planned)
     trainee = train(source, planned, config=given, show_progress=False)
@@ -45,11 +45,12 @@ def test_l0_is_reached_whatever_k_is_to_the_number_of_features(penalty: str, siz
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_l0_is_brought_to_k_from_either_side_without_an_optimiser(penalty: str, shift: float) -> None:
     """Too few or too many fire; neither a gradient nor a learning rate is needed to change that."""
-    trainee, source = start(config(**PENALTIES[penalty]))
+    trainee, source = start(config(n_features=48, **PENALTIES[penalty]))
     for coder in trainee:
-        coder.reopen(widen=shift, k=None) if shift > 0 else coder.b_enc.data.add_(shift)
-    for step in range(150):
-        trainee(source.batch(step), generator=torch.Generator().manual_seed(0), memory=1.0)
+        coder.b_enc.data.add_(shift)
+    small = [{name: x[:256] for name, x in source.batch(index).items()} for index in range(4)]
+    for step in range(80):
+        trainee(small[step % 4], generator=torch.Generator().manual_seed(0), memory=1.0)
         trainee.nudge()
     assert l0(trainee, source) == pytest.approx([4, 4], rel=0.1)
 
@@ -68,7 +69,7 @@ def test_layers_that_do_not_learn_are_not_moved() -> None:
 
 def test_where_nothing_fires_biases_rise() -> None:
     """There is no density to count; a dictionary that fell silent comes back nevertheless."""
-    trainee, source = start(TrainingConfig.from_mapping({**vars(config(sparsity="relu"))}))
+    trainee, source = start(config(sparsity="relu"))
     for coder in trainee:
         coder.b_enc.data.sub_(100.0)
     before = [coder.b_enc.clone() for coder in trainee]
