@@ -244,6 +244,7 @@ def _update(
     total.backward()
     trainee.settle_gradients(longest=1.0)
     optimizer.step()
+    trainee.nudge()
     seconds, speed = clock.tick(seen)
     return Record(
         stage="end to end",

@@ -115,6 +115,7 @@ def _update(
     total.backward()
     trainee.settle_gradients(longest=_CLIP)
     optimizer.step()
+    trainee.nudge()
     if config.dead == "resample" and _resamples(step, config):
         for coder in trainee:
             error = trainee.error_of(coder, losses.errors)

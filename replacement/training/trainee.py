@@ -217,6 +217,11 @@ class Trainee(nn.Module):
         own = torch.stack([coder.is_dead().float().mean() for coder in self]).mean()
         return self.mesh.features.average(own)
 
+    def nudge(self) -> None:
+        """After an optimiser's step: move every dictionary towards the L0 that is wanted of it."""
+        for coder in self:
+            coder.sparsity.nudge(coder.b_enc)
+
     def settle_gradients(self, *, longest: float) -> None:
         """Average gradients over processes that saw other tokens, and scale all down to a norm of at most `longest`."""
         held = [p for p in self.parameters() if p.grad is not None]

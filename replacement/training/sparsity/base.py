@@ -124,6 +124,10 @@ class Sparsity(nn.Module, abc.ABC):
         """Its own parameters, one number a feature, with the values of features that start again with these biases."""
         return {}
 
+    def nudge(self, b_enc: nn.Parameter) -> None:
+        """Move what features fire by, beside the optimiser and after its step, as the last batch asked for."""
+        return None
+
     def reopen(self, *, widen: float, k: int | None) -> None:
         """Let features fire more widely from here on."""
         self.k = k or self.k
@@ -134,7 +138,7 @@ class Sparsity(nn.Module, abc.ABC):
 
 
 class Penalised(Sparsity):
-    """A sparsity that a penalty brings about; a controller moves its weight until k features a token fire.
+    """A sparsity that a penalty brings about; a controller moves its weight, and biases, until k features a token fire.
 
     `log weight += gain * e`, `e = log(L0 / wanted)` cut to [-1, 1], and `damping * e` on top for the step itself: a
     proportional-integral controller on the logarithm. Wanted are 2 k features at first, as many as fire at the start,
@@ -142,22 +146,34 @@ class Penalised(Sparsity):
     beginning, features settle before they have found their directions. The weight stays in [1e-5, 100], losses being
     about 1: where k is out of reach it would run away, and be of no use when k comes into reach. Below 0.003 it falls
     ten times slower, as it changes little there and is missed when L0 rises: that happens as the learning rate falls.
+
+    A weight only pushes L0 down, and only as fast as the optimiser learns. So after every step all pre-activations are
+    also raised by `rate (wanted - L0) / density`, a damped step of Newton's method on L0 as a function of the biases:
+    the density of pre-activations at the threshold, counted just above it, is that function's slope. It needs no scale,
+    works in both directions, at any learning rate, and outside of the loss, as biases do that balance experts (Wang et
+    al. 2024, "Auxiliary-Loss-Free Load Balancing"). Where the weight brings L0 to k it comes to nothing; it is slow
+    enough that the weight still does most of the work, and never more than the distance it looks at.
     """
 
     log_weight: Tensor  # []
     steps_done: Tensor  # []
+    due: Tensor  # [], what pre-activations are to rise by once the optimiser has made its step
     gain, damping = 0.2, 4.0
     lowest, highest = 1e-5, 100.0
     slow_below, slower = 3e-3, 0.1
     first_weight = 0.03
     first_k = 2.0  # times k features a token fire at the start
     falling = 0.3  # share of the run in which that falls to k
+    rate = 0.05  # of what would bring L0 to the wanted one at once
+    near = 0.2  # up to where above the threshold density is counted, in mean distances of what fires
+    least_near = 1e-3
 
     def __init__(self, config: TrainingConfig, mesh: Mesh) -> None:
         super().__init__(config, mesh)
         self.steps = config.steps
         self.register_buffer("log_weight", torch.tensor(self.first_weight).log())
         self.register_buffer("steps_done", torch.tensor(0.0))
+        self.register_buffer("due", torch.tensor(0.0), persistent=False)
 
     def bias_to_start(self, x: Tensor, encoder: Encoder, k: float) -> Float[Tensor, " n_features"]:
         """The encoder bias at which every feature fires as often as the others, and k fire at a token."""
@@ -173,6 +189,30 @@ class Penalised(Sparsity):
         """Features that are to fire at a token, at this step of the run."""
         left = (1 - self.steps_done / (self.falling * self.steps)).clamp_min(0)
         return self.k * self.first_k**left
+
+    def aim(
+        self,
+        above: Float[Tensor, " entries"],
+        active: ActiveSet,
+        *,
+        fires: Float[Tensor, ""],
+        wanted: Float[Tensor, ""],
+    ) -> None:
+        """Set what is due where a training step is made; above: how far pre-activations are above their threshold."""
+        if not torch.is_grad_enabled():
+            return
+        total, tokens = self.mesh.world.total, active.n_tokens * self.mesh.data.size
+        above = above.detach()
+        mean = total(above.clamp_min(0).sum()) / (fires * tokens).clamp_min(1)
+        near = (self.near * mean).clamp_min(self.least_near)
+        density = total(((above > 0) & (above < near)).sum()) / (tokens * near)
+        step = self.rate * (wanted - fires) / density.clamp_min(1e-6)
+        self.due.copy_(step.clamp(-near, near))
+
+    @torch.no_grad()
+    def nudge(self, b_enc: nn.Parameter) -> None:
+        if b_enc.requires_grad:
+            b_enc.add_(self.due)
 
     def controlled(self, fires: Float[Tensor, ""]) -> Float[Tensor, ""]:
         """The weight for a batch in which `fires` features a token fire; moves it where a training step is made."""

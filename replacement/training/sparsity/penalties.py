@@ -29,8 +29,10 @@ class ReLUSparsity(Penalised):
         return torch.relu(values)
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+        fires = self.fires(activations, active)
+        self.aim(values, active, fires=fires, wanted=self.wanted())
         penalty = self.mesh.features.add(_l1(activations, active, norms, self.k))
-        return self.controlled(self.fires(activations, active)) * penalty
+        return self.controlled(fires) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
         return Exported((encoder.norms,), encoder.b_enc * encoder.norms, ReLU())
@@ -47,7 +49,9 @@ class JumpReLUSparsity(Penalised):
     Penalty "tanh": `sum tanh(4 a |d|)`, its weight moved by the controller (Anthropic, January 2025). "quadratic":
     `(L0 / k - 1)^2` of the batch. The step's derivative is a box of width `bandwidth` around the threshold, and flows
     to the threshold and to the pre-activation, so to all parameters of the encoder. A threshold is kept at a twentieth
-    of the bandwidth or more: its gradient is proportional to it, and at 0 it would be stuck.
+    of the bandwidth or more: its gradient is proportional to it, and at 0 it would be stuck. What L0 is brought to k by
+    beside the penalty goes to thresholds and biases in equal parts: thresholds alone can't go below the least of them,
+    and biases alone change what features write.
     """
 
     threshold: nn.Parameter  # [n_features], float32, learned as it is: its logarithm hardly moves under Adam
@@ -74,18 +78,26 @@ class JumpReLUSparsity(Penalised):
     def fresh(self, b_enc: Tensor) -> dict[nn.Parameter, Tensor]:
         return {self.threshold: torch.full_like(b_enc, self.bandwidth)}
 
+    @torch.no_grad()
+    def nudge(self, b_enc: nn.Parameter) -> None:
+        if b_enc.requires_grad:
+            b_enc.add_(self.due / 2)
+            self.threshold.sub_(self.due / 2)
+
     def activations(self, values: Tensor, active: ActiveSet, b_enc: Tensor) -> Tensor:
         return _Jump.apply(values, self.threshold[active.feature.long()], self.bandwidth)
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+        threshold, fires = self.threshold[active.feature.long()], self.fires(activations, active)
+        wanted = torch.full_like(fires, self.k) if self.quadratic else self.wanted()
+        self.aim(values - threshold, active, fires=fires, wanted=wanted)
         if self.quadratic:
-            threshold = self.threshold[active.feature.long()]
             l0 = _Step.apply(values, threshold, self.bandwidth).sum() / active.n_tokens
             l0 = self.mesh.data.mean(self.mesh.features.add(l0))
             return _QUADRATIC_WEIGHT * (l0 / self.k - 1).square()
         written = activations * norms[active.feature.long()]
         penalty = self.mesh.features.add(torch.tanh(_TANH_SCALE * written).sum())
-        return self.controlled(self.fires(activations, active)) * penalty / (active.n_tokens * self.k)
+        return self.controlled(fires) * penalty / (active.n_tokens * self.k)
 
     def export(self, encoder: Encoder) -> Exported:
         threshold = self.levels(encoder) * encoder.norms
@@ -130,6 +142,12 @@ class GatedSparsity(Penalised):
         super().reopen(widen=widen, k=k)
         self.b_mag.add_(widen * self.r_mag.exp())  # as the gate's bias
 
+    @torch.no_grad()
+    def nudge(self, b_enc: nn.Parameter) -> None:
+        super().nudge(b_enc)
+        if b_enc.requires_grad:
+            self.b_mag.add_(self.due * self.r_mag.exp())  # or what the gate lets through would still be below 0
+
     def activations(self, values: Tensor, active: ActiveSet, b_enc: Tensor) -> Tensor:
         feature = active.feature.long()
         gate = values.detach() > 0
@@ -137,8 +155,10 @@ class GatedSparsity(Penalised):
         return torch.relu(self.r_mag.exp()[feature] * linear + self.b_mag[feature]) * gate
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+        fires = self.fires(activations, active)
+        self.aim(values, active, fires=fires, wanted=self.wanted())
         penalty = self.mesh.features.add(_l1(torch.relu(values), active, norms.detach(), self.k))
-        return self.controlled(self.fires(activations, active)) * penalty
+        return self.controlled(fires) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
         """`a = pre [pre > max(threshold, 0)]`, `pre = exp(r_mag) (g - b_enc) + b_mag`: gates open at the threshold."""
