@@ -50,11 +50,11 @@ SETTINGS: dict[str, Any] = {
     "n_features": 512,
     "k": 8,
     "batch_tokens": 512,
-    "tokens": 200 * 512,
+    "tokens": 150 * 512,
     "buffer_bytes": 32_000_000,
 }
-STAGE: dict[str, Any] = {"steps": 150, "documents": 8, "other_share": 1.0}
-CONTEXT, HELD_OUT, PROMPT_TOKENS = 64, 256, 16  # tokens of a document; documents measured on; tokens of a prompt
+STAGE: dict[str, Any] = {"steps": 60, "documents": 8, "learning_rate": 1e-3, "warmup_steps": 5, "other_share": 1.0}
+CONTEXT, HELD_OUT, PROMPT_TOKENS = 64, 128, 12  # tokens of a document; documents measured on; tokens of a prompt
 WITHOUT, KL_ALONE = "not at all", "KL alone"
 
 

@@ -64,7 +64,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=bridging.default,
         metavar="W",
-        help="weight of half replaced models there",
+        help="weight of the term that keeps graphs' errors small there (default: %(default)s)",
     )
     many = parser.add_argument_group("many processes: torchrun --nproc-per-node N -m circuits train ...")
     text = "processes that share the features of each dictionary; the rest share the tokens of each batch"
