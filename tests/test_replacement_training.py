@@ -352,6 +352,30 @@ def test_bridging_moves_thresholds_and_controllers_once_a_step(sparsity: str) ->
 
 
 @pytest.mark.parametrize("kind", ["transcoder", "clt"])
+def test_bridging_keeps_errors_beside_the_originals_activations_small(kind: str) -> None:
+    """They are what a graph's error nodes hold: KL alone lets them grow, and the term takes back most of it."""
+    model = ToyModel()
+    tokens = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(77))
+    activations = model.original(tokens, tokens >= 0)[1]
+
+    def batch(index: int) -> TokenBatch:
+        drawn = torch.randint(12, (8, 16), generator=torch.Generator().manual_seed(1000 + index))
+        return TokenBatch(drawn, drawn > 6)
+
+    missed = dict[float | None, float]()
+    for weight in (None, 0.0, 1.0):
+        trainee = trained(ToyModelSource(model), toy_config(kind=kind, tokens=64 * 60, n_features=8, k=1, dead="none"))
+        if weight is not None:
+            config = EndToEndConfig(steps=100, learning_rate=5e-3, kl_weight=10.0, bridging_weight=weight)
+            train_end_to_end(model, trainee, batch, config=config, show_progress=False)
+        with torch.no_grad():
+            losses = trainee(activations, generator=torch.Generator().manual_seed(0), memory=1.0)
+        missed[weight] = losses.fvu.mean().item()
+    grown, kept = (missed[weight] - missed[None] for weight in (0.0, 1.0))
+    assert grown > 0.5 * missed[None] and kept < grown / 4
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "clt"])
 def test_dead_features_are_revived_end_to_end_in_every_layer(kind: str) -> None:
     """AuxK reaches those that write to several layers too: without it, what never fires would never move."""
     model = ToyModel()

@@ -297,8 +297,9 @@ class EndToEndConfig(Settings):
     reconstruction_weight: float = 1.0
     """Weight of the reconstruction error against the original model's outputs, mean over sites and nested prefixes."""
     bridging_weight: float = 0.0
-    """Weight of KL(original || a model of which each site is replaced with probability 1/2): keeps every dictionary
-    right beside original neighbours, so that errors stay small and the replacement score does not fall.
+    """Weight of the bridging term: KL(original || a model of which each site is replaced with probability 1/2), and the
+    error that every dictionary makes beside the original's own activations. KL alone makes dictionaries right together
+    and less right one by one; with the term, error nodes stay small and the replacement score does not fall.
     """
     other_share: float = 0.15
     """Share of the tokens that are not answers, drawn anew each step, that take part in the KL beside all answers."""
