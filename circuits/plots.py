@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from replacement.errors import InputError
@@ -28,17 +29,29 @@ SUFFIXES = (".png", ".svg")
 _DPI = 144
 
 
-def require_matplotlib(folder: Path) -> None:
-    """Raise InputError where matplotlib is not installed, or `folder` is a file: before the long work, not after."""
+def require_place(folder: Path) -> None:
+    """Raise InputError where matplotlib is not installed, or no file can be made in `folder`: before the long work.
+
+    What had to be made to try is taken away again.
+    """
     if find_spec("matplotlib") is None:
         raise InputError("--plots: matplotlib is not installed; pip install 'circuits[plots]', or leave --plots out")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--plots {str(folder)!r}: can't write there (it is a file); choose another place")
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=folder, prefix=".circuits-"):
+            pass
+        for place in missing:
+            place.rmdir()
+    except OSError as problem:
+        raise _refusal(folder, problem) from problem
 
 
 def write_plots(qualities: Sequence[Quality], folder: Path) -> dict[Path, str]:
     """Draw every picture into a folder; returns path -> what it shows. Raises InputError where it can't be written."""
-    require_matplotlib(folder)
+    require_place(folder)
     pictures = {
         "pareto": (_pareto(qualities), "features a token (L0) against variance missed (FVU), a panel a site"),
         "densities": (_densities(qualities), "how often features fire, a panel a layer"),
@@ -51,8 +64,13 @@ def write_plots(qualities: Sequence[Quality], folder: Path) -> dict[Path, str]:
                 _write(figure, folder / f"{name}{suffix}")
                 written[folder / f"{name}{suffix}"] = purpose
     except OSError as problem:
-        raise InputError(f"--plots {str(folder)!r}: can't write there ({problem.strerror or problem})") from problem
+        raise _refusal(folder, problem) from problem
     return written
+
+
+def _refusal(folder: Path, problem: OSError) -> InputError:
+    reason = problem.strerror or problem
+    return InputError(f"--plots {str(folder)!r}: can't write there ({reason}); choose another place")
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
