@@ -224,7 +224,10 @@ def _comparison(qualities: Sequence[Quality], against: str | None) -> list[Rende
     text = "features of all layers; L0, dead and FVU: means over layers; --json has every figure"
     sections: list[RenderableType] = [_section("Sets side by side", sets, text)]
     if any(one.evaluation.replacement or one.graphs for one in qualities):
-        text = "CE rec.: cross-entropy recovered; the last two are scores of graphs, the rest without error terms"
+        text = "no error terms; CE rec.: cross-entropy recovered"
+        text += (
+            "; the last two: scores of graphs, which have error nodes" if any(one.graphs for one in qualities) else ""
+        )
         sections.append(_section("The model with all sites replaced", _effects(qualities), text))
     if any(one.stability for one in qualities):
         stable = _table(("set", "layers", "nearest", "matched", "shared\n%"))
@@ -238,11 +241,12 @@ def _comparison(qualities: Sequence[Quality], against: str | None) -> list[Rende
 
 
 def _effects(qualities: Sequence[Quality]) -> Table:
-    grid = _table(("set", "top-1\n%", "KL\nnats", "CE\nrec. %", "replacement", "completeness"))
+    scores = ("replacement", "completeness") if any(one.graphs for one in qualities) else ()
+    grid = _table(("set", "top-1\n%", "KL\nnats", "CE\nrec. %", *scores))
     for one in qualities:
-        lost, graphs = one.evaluation.replacement, one.graphs
+        lost = one.evaluation.replacement
         row = ["-"] * 3 if lost is None else [_share(lost.top1), _number(lost.kl), _share(lost.ce_recovered)]
-        row += ["-"] * 2 if graphs is None else [f"{graphs.replacement:.3f}", f"{graphs.completeness:.3f}"]
+        row += ["-" if one.graphs is None else f"{getattr(one.graphs, name):.3f}" for name in scores]
         grid.add_row(one.name, *row)
     return grid
 
@@ -268,7 +272,7 @@ def _short(site: str) -> str:
 def _number(value: float) -> str:
     if math.isnan(value):
         return "-"
-    return f"{value:.3f}" if abs(value) >= 0.0095 or value == 0 else f"{value:.2g}"
+    return f"{value:.3f}" if 0.0095 <= abs(value) < 1e5 or value == 0 else f"{value:.2g}"
 
 
 def _share(share: float) -> str:
