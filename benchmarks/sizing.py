@@ -1,12 +1,15 @@
 """What a run needs of memory and time in several processes on this machine: bytes a feature, tokens a second.
 
-    python benchmarks/sizing.py [--width 256] [--features 8192] [--steps 6]
+    python benchmarks/sizing.py [--width 256] [--features 8192] [--steps 6] [--repeat 3]
 
 Trains a cross-layer transcoder of two layers on random activations with `--features` and twice as many features, in
-fresh processes, and prints how much the peak memory of the largest process grew for each more feature of a layer, next
-to what its weights, gradients and Adam's two moments take. Tokens a second are those of the smaller one, all processes
-together; on one machine they share its cores. `writing` is what the process that grew most took beyond what it held
-when training was over, while the finished dictionaries of the larger one were written. Needs Linux.
+fresh processes, and prints how much the peak memory of the largest process grew for each more feature of a layer, and
+that over what its weights, gradients and Adam's two moments take in one process (`x formula`: 16 bytes a weight, over
+the processes that share features). Each is printed as lowest to highest of `--repeat` runs: peaks are of what the
+allocator took, and vary by half and more with what else the machine does. Tokens a second are those of the smaller
+one, all processes together; on one machine they share its cores. `writing` is what the process that grew most took
+beyond what it held when training was over, while the finished dictionaries of the larger one were written. Needs
+Linux.
 """
 
 from __future__ import annotations
@@ -85,6 +88,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--features", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--repeat", type=int, default=3)
     given = parser.parse_args()
     common = {"kind": "clt", "k": 16, "batch_tokens": 1024, "tokens": 1024 * given.steps, "buffer_bytes": 8_000_000}
     weights = sum(1 + LAYERS - layer for layer in range(LAYERS)) * given.width / LAYERS  # of a feature, on average
@@ -92,19 +96,27 @@ def main() -> None:
     whole = 4 * weights * LAYERS * 2 * given.features / 1e6
     print(f"the dictionaries of the larger one are {whole:.0f} MB")
     print(
-        f"{'processes':>9} {'data':>5} {'features':>8} {'bytes/feature':>14} {'x 16 bytes':>11} {'tokens/s':>9}"
-        f" {'writing':>10}"
+        f"{'processes':>9} {'data':>5} {'features':>8} {'bytes/feature':>17} {'x formula':>12} {'tokens/s':>11}"
+        f" {'writing, MB':>11}"
     )
     for size, shards in WAYS:
-        small, large = (
-            run(size, shards, TrainingConfig(**common, n_features=n), given.width)  # type: ignore[arg-type]
-            for n in (given.features, 2 * given.features)
-        )
-        each = (large.peak - small.peak) / (LAYERS * given.features)
-        share, writing = each / (16 * weights), large.writing / 1e6
+        pairs = [
+            [run(size, shards, TrainingConfig(**common, n_features=n), given.width) for n in sizes]  # type: ignore[arg-type]
+            for sizes in [(given.features, 2 * given.features)] * given.repeat
+        ]
+        each = [(large.peak - small.peak) / (LAYERS * given.features) for small, large in pairs]
+        shares = [bytes_ / (16 * weights / shards) for bytes_ in each]
+        speeds, writing = [small.speed for small, _ in pairs], [large.writing / 1e6 for _, large in pairs]
         print(
-            f"{size:9} {size // shards:5} {shards:8} {each:14,.0f} {share:11.2f} {small.speed:9,.0f} {writing:7,.0f} MB"
+            f"{size:9} {size // shards:5} {shards:8} {spread(each, ',.0f'):>17} {spread(shares, '.1f'):>12}"
+            f" {spread(speeds, ',.0f'):>11} {spread(writing, ',.0f'):>11}",
+            flush=True,
         )
+
+
+def spread(values: list[float], form: str) -> str:
+    """The lowest and the highest."""
+    return " to ".join(dict.fromkeys(f"{value:{form}}" for value in (min(values), max(values))))
 
 
 if __name__ == "__main__":

@@ -3,19 +3,23 @@ line."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from circuits import attribute, cli
 from circuits.commands.eval import SHOWN
+from circuits.display_eval import tables
 from circuits.labels import read_labels
 from circuits.measures import MEASURES
 from circuits.plots import front
-from circuits.quality import Documents
+from circuits.quality import Documents, measure
 from circuits.scores import graph_scores
 from graphs import completeness_score, replacement_score
 from replacement import formats
@@ -28,7 +32,7 @@ from replacement.formats.native import save
 from replacement.loading import load_bridge
 from replacement.training.data import open_tokens
 from tests.test_replacement_evaluation_splicing import perfect_sae
-from tests.tiny import PROMPT, random_set
+from tests.tiny import CONTEXT, PROMPT, random_set
 
 
 class Sizes:
@@ -83,7 +87,7 @@ def test_every_measure_has_its_table(place: Path, capsys: pytest.CaptureFixture[
     ):  # fmt: skip
         assert title in out
     assert "absorption: needs a tokenizer with a BOS token and words" in out
-    assert "1.000    1.000  100.0 %" in out, "a set is stable against itself"
+    assert "Stability against dicts" in out and "1.000    1.000   100.0" in out, "a set is stable against itself"
     assert max(len(line) for line in out.splitlines()) <= 100
 
 
@@ -98,6 +102,90 @@ def test_several_sets_stand_side_by_side(place: Path, capsys: pytest.CaptureFixt
     }  # fmt: skip
     assert (place / "plots/pareto.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (place / "plots/densities.svg").read_text()
+
+
+def test_figures_are_printed_where_their_pictures_fail(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk filled up while the model ran: the figures took long, and stay."""
+    pytest.importorskip("matplotlib")
+
+    def full(figure: object, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("circuits.plots._write", full)
+    short = [*EVAL, "--dictionaries", "dicts", "--measure", "reconstruction", "--plots", "a/plots"]
+    assert cli.main(short) == 2
+    captured = capsys.readouterr()
+    assert "Reconstruction" in captured.out
+    assert "'a/plots': can't write there (No space left" in captured.err and captured.err.count("\n") == 1
+    assert cli.main([*short, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["files"] == []
+
+
+def test_trying_the_place_of_pictures_leaves_nothing(place: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli.main([*EVAL, "--dictionaries", "nowhere", "--plots", "a/plots"]) == 2
+    assert not (place / "a").exists()
+
+
+@pytest.mark.parametrize("sets", [["dicts"], ["dicts", "a/rather/long/path/of/a/folder/with/dictionaries"]])
+def test_no_figure_is_broken_at_80_columns(place: Path, monkeypatch: pytest.MonkeyPatch, sets: list[str]) -> None:
+    """Names and notes may take another line, never a figure or a head."""
+    for name in sets[1:]:
+        shutil.copytree("dicts", name)
+    words = {"yes": [f"w{i}" for i in range(3, 30)]}
+    (place / "labels.json").write_text(json.dumps({"a property whose name is rather long": words}))
+    kept: list[Any] = []
+    monkeypatch.setattr("circuits.display_eval.show_qualities", lambda found, **settings: kept.extend(found))
+    named = [part for name in sets for part in ("--dictionaries", name)]
+    asked = ["--labels", "labels.json", "--measure", ",".join(MEASURES), "--against", "dicts", "--tokens", "400"]
+    assert cli.main([*EVAL, *named, *asked]) == 0
+    narrow, wide = (_tables(kept, columns) for columns in (80, 200))
+    assert "…" not in narrow and max(map(len, narrow.splitlines())) <= 80
+    figures = [[word for word in text.split() if word[0].isdigit() or word == "%"] for text in (narrow, wide)]
+    assert figures[0] == figures[1] and len(figures[0]) > 20
+
+
+def _tables(qualities: Any, columns: int) -> str:
+    console = Console(width=columns, file=io.StringIO(), color_system=None)
+    with console.capture() as captured:
+        console.print(tables(qualities, model="model", data="text.jsonl", against="dicts"))
+    return captured.get()
+
+
+def test_sets_of_one_name_are_told_apart(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both call themselves "dicts"; and of several sets each has its stability."""
+    made = random_set("llama", "transcoder", "topk", Sizes, n_features=20)
+    save(DictionarySet(made.by_layer, "dicts"), place / "seeds/1")
+    both = ["--dictionaries", "dicts", "--dictionaries", "seeds/1", "--against", "dicts", "--measure", "reconstruction"]
+    assert cli.main([*EVAL, *both]) == 0
+    out = capsys.readouterr().out
+    stable = out[out.index("Stability against dicts") :].splitlines()
+    assert stable[3].split() == ["dicts", "3", "1.000", "1.000", "100.0"]
+    assert stable[4].split()[:2] == ["seeds/1", "3"]
+    assert cli.main([*EVAL, *both, "--context", "999", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(one["name"], one["given"], one["path"]) for one in found["sets"]] == [
+        ("dicts", "dicts", "dicts"), ("dicts", "seeds/1", "seeds/1"),
+    ]  # fmt: skip
+    used = {"context": CONTEXT, "measure": ["reconstruction"], "against": "dicts", "dtype": "float32"}
+    assert found["settings"] | used | {"prompts": None, "labels": None} == found["settings"]
+
+
+def test_layers_without_stability_leave_the_others(place: Path) -> None:
+    found: list[Any] = []
+    bridge, _ = load_bridge("model", torch.float32, "cpu")
+    source = open_tokens("text.jsonl", model=bridge, context=8, split="held_out")
+    documents = Documents(source, tokens=80, vocabulary=60)
+    for against in (formats.load("dicts"), None):
+        found.append(measure(bridge, formats.load("dicts"), documents, model="m", measures=(), against=against))
+    found.append(found[0]._replace(name="one layer", stability=found[0].stability[:1]))
+    shown = _tables(found, 80)
+    rows = shown[shown.index("Stability") :].splitlines()[3:6]
+    assert [row.split()[-4:] for row in rows] == [
+        ["3", "1.000", "1.000", "100.0"], ["0", "-", "-", "-"], ["1", "1.000", "1.000", "100.0"],
+    ]  # fmt: skip
 
 
 def test_a_residual_sae_is_measured_and_traced(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +212,8 @@ def test_a_residual_sae_is_measured_and_traced(place: Path, capsys: pytest.Captu
         (["--dtype", "int8"], "needs one of float32"),
         (["--data", "none.txt"], "none.txt"),
         (["--plots", "empty.txt"], "can't write there"),
+        (["--plots", "/proc/nope", "--dictionaries", "nowhere"], "--plots '/proc/nope': can't write there"),
+        (["--plots", "/dev/null/nope", "--dictionaries", "nowhere"], "--plots '/dev/null/nope': can't write there"),
     ],
 )
 def test_a_mistake_is_one_line(place: Path, capsys: pytest.CaptureFixture[str], given: list[str], said: str) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from circuits.commands.options import add, print_json
 from circuits.measures import MEASURES
 
 if TYPE_CHECKING:
     from circuits.quality import Quality
+    from replacement.dictionary import DictionarySet
 
 LOAD = "replacement.model:ReplacementModel.load"
 MEASURE = "circuits.quality:measure"
@@ -23,6 +25,10 @@ EMBEDDED = "atlas"
 """The shipped model, which brings documents, questions and labels of its own."""
 SHOWN = ("reconstruction", "replacement", "graphs")
 """What the table of several sets has columns for."""
+SETTINGS = (
+    "model", "dtype", "device", "data", "tokens", "context", "measure", "against", "prompts", "labels", "replace_first",
+)  # fmt: skip
+"""What decides the figures, for --json; `context` and `measure` as they were used, not as they were given."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -64,36 +70,75 @@ def configure(parser: argparse.ArgumentParser) -> None:
     out.add_argument("--plots", type=Path, metavar="DIR", help="write pictures there (needs matplotlib)")
 
 
+class Given(NamedTuple):
+    """A set as it was asked for."""
+
+    given: str | None  #: as typed; None for the model's first set
+    path: Path | None  #: where it was read; None for what the model brings itself
+    dictionaries: DictionarySet
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Load, measure, report."""
     started = perf_counter()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in `trace`
-    if arguments.plots is not None:
-        from circuits.plots import require_matplotlib
-
-        require_matplotlib(arguments.plots)
-    from circuits.display import stages
-    from circuits.display_eval import show_qualities
-
     _check(arguments)
+    if arguments.plots is not None:
+        from circuits.plots import require_place
+
+        require_place(arguments.plots)
+    from circuits.display import stages
+
     with stages() as progress:
         progress.begin(f"loading {arguments.model}")
-        qualities = _measure_all(arguments, progress)
-    files = {}
-    if arguments.plots is not None:
-        from circuits.plots import write_plots
+        sets, qualities = _measure_all(arguments, progress)
+    titles = titles_of(sets)
+    shown = [one._replace(name=title) for one, title in zip(qualities, titles, strict=True)]
+    files: dict[Path, str] = {}
+    try:
+        if arguments.plots is not None:
+            from circuits.plots import write_plots
 
-        files = write_plots(qualities, arguments.plots)
-    seconds = perf_counter() - started
-    if arguments.json:
-        from circuits.report import as_json
+            files = write_plots(shown, arguments.plots)
+    finally:  # figures that took long are printed, whatever came of their pictures
+        seconds = perf_counter() - started
+        if arguments.json:
+            _print_json(arguments, sets, qualities, files, seconds)
+        else:
+            _show(arguments, shown, files, seconds)
 
-        sets = [finite(as_json(one)) for one in qualities]
-        written = [str(path) for path in files]
-        settings = {name: getattr(arguments, name) for name in ("model", "data", "tokens", "context", "replace_first")}
-        print_json({"sets": sets, "settings": settings, "files": written, "seconds": round(seconds, 3)})
-    else:
-        show_qualities(qualities, model=arguments.model, data=arguments.data, files=files, took=f"{seconds:.1f} s")
+
+def titles_of(sets: Sequence[Given]) -> list[str]:
+    """What to call each set: its name, or, where two have the same one, what was typed."""
+    names = [one.dictionaries.name for one in sets]
+    if len(set(names)) == len(names):
+        return names
+    return [name if one.given is None else one.given for one, name in zip(sets, names, strict=True)]
+
+
+def _show(arguments: argparse.Namespace, qualities: Sequence[Quality], files: Mapping[Path, str], took: float) -> None:
+    from circuits.display_eval import show_qualities
+
+    where = {name: getattr(arguments, name) for name in ("model", "data", "against")}
+    show_qualities(qualities, **where, files=files, took=f"{took:.1f} s")
+
+
+def _print_json(
+    arguments: argparse.Namespace,
+    sets: Sequence[Given],
+    qualities: Sequence[Quality],
+    files: Mapping[Path, str],
+    seconds: float,
+) -> None:
+    from circuits.report import as_json
+
+    found = [
+        {"given": one.given, "path": one.path} | finite(as_json(quality))
+        for one, quality in zip(sets, qualities, strict=True)
+    ]
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    written = [str(path) for path in files]
+    print_json({"sets": found, "settings": settings, "files": written, "seconds": round(seconds, 3)})
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -113,7 +158,7 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.measure = names
 
 
-def _measure_all(arguments: argparse.Namespace, progress: Any) -> list[Quality]:
+def _measure_all(arguments: argparse.Namespace, progress: Any) -> tuple[list[Given], list[Quality]]:
     from circuits.quality import Documents, measure
     from replacement.errors import InputError
     from replacement.loading import load_bridge
@@ -124,26 +169,28 @@ def _measure_all(arguments: argparse.Namespace, progress: Any) -> list[Quality]:
     bridge, folder = load_bridge(arguments.model, DTYPES[arguments.dtype], arguments.device)
     names = arguments.dictionaries or [None]
     sets = [_set(name, bridge, folder, arguments.model) for name in names]
-    against = None if arguments.against is None else _set(arguments.against, bridge, folder, arguments.model)
-    context = min(arguments.context or CONTEXT, int(bridge.cfg.n_ctx))
-    source = _open(arguments.data, bridge, context)
-    features = max(sum(dictionary.n_features for dictionary in one) for one in sets)
+    against = None
+    if arguments.against is not None:
+        against = _set(arguments.against, bridge, folder, arguments.model).dictionaries
+    source = _open(arguments.data, bridge, min(arguments.context or CONTEXT, int(bridge.cfg.n_ctx)))
+    arguments.context = source.context
+    features = max(sum(dictionary.n_features for dictionary in one.dictionaries) for one in sets)
     vocabulary = int(bridge.cfg.d_vocab)
     documents = Documents(source, tokens=arguments.tokens, vocabulary=vocabulary, features=features)
-    prompts, tasks = _prompts(arguments), _tasks(arguments, bridge)
+    prompts, tasks = _prompts(arguments, bridge), _tasks(arguments, bridge)
 
-    def advance(what: str, done: int, total: int) -> None:
+    def advance(title: str, what: str, done: int, total: int) -> None:
         if done == 0:
-            progress.begin(f"{dictionaries.name}: {what}")
+            progress.begin(f"{title}: {what}")
         else:
             progress.advance(done, total)
 
     found = []
-    for dictionaries in sets:
+    for one, title in zip(sets, titles_of(sets), strict=True):
         found.append(
             measure(
                 bridge,
-                dictionaries,
+                one.dictionaries,
                 documents,
                 model=arguments.model,
                 measures=arguments.measure,
@@ -151,13 +198,13 @@ def _measure_all(arguments: argparse.Namespace, progress: Any) -> list[Quality]:
                 prompts=prompts,
                 tasks=tasks,
                 replace_first=arguments.replace_first,
-                advance=advance,
+                advance=partial(advance, title),
             )
         )
-    return found
+    return sets, found
 
 
-def _set(name: str | None, bridge: Any, folder: Path | None, model: str) -> Any:
+def _set(name: str | None, bridge: Any, folder: Path | None, model: str) -> Given:
     import torch
 
     from replacement import formats
@@ -165,8 +212,9 @@ def _set(name: str | None, bridge: Any, folder: Path | None, model: str) -> Any:
 
     if name == "neurons":
         dtype = torch.float64 if next(bridge.parameters()).dtype == torch.float64 else torch.float32
-        return neurons(bridge, dtype)
-    return formats.load(formats.find(name, folder, model))
+        return Given(name, None, neurons(bridge, dtype))
+    path = formats.find(name, folder, model)
+    return Given(name, path, formats.load(path))
 
 
 def _open(data: str, bridge: Any, context: int) -> Any:
@@ -175,18 +223,11 @@ def _open(data: str, bridge: Any, context: int) -> Any:
     return open_tokens(data, model=bridge, context=context, split="held_out")
 
 
-def _prompts(arguments: argparse.Namespace) -> Sequence[Any] | None:
-    from replacement.errors import InputError
-
+def _prompts(arguments: argparse.Namespace, bridge: Any) -> Sequence[Any] | None:
     if arguments.prompts is not None:
-        try:
-            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as problem:
-            raise InputError(f"--prompts {str(arguments.prompts)!r}: can't be read ({problem})") from problem
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise InputError(f"--prompts {str(arguments.prompts)!r}: holds no prompt; write one a line")
-        return found
+        from circuits.scored_prompts import read_scored_prompts
+
+        return read_scored_prompts(arguments.prompts, bridge, name=arguments.model)
     if arguments.model != EMBEDDED or arguments.data != DATA:
         return None
     import torch
