@@ -52,7 +52,9 @@ def test_ghost_gradients_are_those_of_the_published_loss() -> None:
 
 @pytest.mark.parametrize("sparsity", ["jumprelu", "batchtopk", "relu"])
 def test_the_pre_activation_loss_is_what_dead_features_lack_to_fire(sparsity: str) -> None:
-    """Anthropic, January 2025: the mean of `relu(threshold - pre) |d|`, the threshold a constant."""
+    """Anthropic, January 2025: the mean of `relu(threshold - pre) |d|`, the threshold a constant. So is |d| here: a
+    feature would else write less instead of firing more.
+    """
     coder, x, error = with_dead_features(dead="preactivation", sparsity=sparsity)
     norms = coder.W_dec[DEAD].flatten(1).norm(dim=1)
     levels = torch.zeros(len(DEAD), dtype=torch.float64)
@@ -63,7 +65,7 @@ def test_the_pre_activation_loss_is_what_dead_features_lack_to_fire(sparsity: st
         levels = 0.7 / norms.detach()
     lacking = (levels - x @ coder.W_enc[DEAD].T - coder.b_enc[DEAD]).relu()
     assert 0 < (lacking > 0).double().mean() < 1
-    assert_same(coder, x, error, (lacking * norms).mean())
+    assert_same(coder, x, error, (lacking * norms.detach()).mean())
 
 
 def first_step(source: ToyMLPs, remedy: str, weight: float) -> tuple[float, Trainee]:

@@ -17,8 +17,8 @@ SPARSE = {
     "floor": {"sparsity": "batchtopk", "floor": 0.4},
     "topk": {"sparsity": "topk"},
     "relu": {"sparsity": "relu"},
-    "jumprelu": {"sparsity": "jumprelu", "penalty": "tanh"},
-    "quadratic": {"sparsity": "jumprelu", "penalty": "quadratic"},
+    "jumprelu": {"sparsity": "jumprelu", "penalty": "tanh", "bandwidth": 0.4},
+    "quadratic": {"sparsity": "jumprelu", "penalty": "quadratic", "bandwidth": 0.4},
     "gated": {"sparsity": "gated"},
 }
 
@@ -26,7 +26,7 @@ SPARSE = {
 def scrambled(kind: str, sparse: str) -> tuple[Trainee, dict[str, Tensor]]:
     """Dictionaries none of whose parameters is at a special value, and activations."""
     config = TrainingConfig(
-        kind=kind, n_features=24, k=4, prefixes=(8,), dead_weight=0.0, bandwidth=0.4, tokens=4096, **SPARSE[sparse]
+        kind=kind, n_features=24, k=4, prefixes=(8,), dead_weight=0.0, tokens=4096, **SPARSE[sparse]
     )
     planned, generator = plans(config, N_LAYERS), torch.Generator().manual_seed(3)
     batch = {name: (2 + i) * torch.randn(TOKENS, WIDTH, generator=generator) for i, name in enumerate(sites(planned))}

@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help=f"with commas between them: {', '.join(MEASURES)} (default: all of them; of several sets "
         f"{', '.join(SHOWN)}, unless --json is given)",
     )
-    add(what, MEASURE, "--replace-first", "replace position 0 (BOS) like any other", action="store_true")
+    add(what, MEASURE, "--replace-first", "replace start tokens (BOS) like any other", action="store_true")
     out = parser.add_argument_group("output")
     out.add_argument("--plots", type=Path, metavar="DIR", help="write pictures there (needs matplotlib)")
 
@@ -171,7 +171,11 @@ def _measure_all(arguments: argparse.Namespace, progress: Any) -> tuple[list[Giv
     sets = [_set(name, bridge, folder, arguments.model) for name in names]
     against = None
     if arguments.against is not None:
+        from replacement.evaluation.stability import shared_layers
+
         against = _set(arguments.against, bridge, folder, arguments.model).dictionaries
+        for one in sets:
+            shared_layers(one.dictionaries, against)  # refuses other sites before the long work on any of them
     source = _open(arguments.data, bridge, min(arguments.context or CONTEXT, int(bridge.cfg.n_ctx)))
     arguments.context = source.context
     features = max(sum(dictionary.n_features for dictionary in one.dictionaries) for one in sets)
