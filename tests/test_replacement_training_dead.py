@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from replacement.training import Trainee
 from replacement.training.coder import Coder
@@ -66,6 +67,96 @@ def test_the_pre_activation_loss_is_what_dead_features_lack_to_fire(sparsity: st
     lacking = (levels - x @ coder.W_enc[DEAD].T - coder.b_enc[DEAD]).relu()
     assert 0 < (lacking > 0).double().mean() < 1
     assert_same(coder, x, error, (lacking * norms.detach()).mean())
+
+
+@pytest.mark.parametrize("remedy", ["auxk", "ghost", "preactivation"])
+def test_remedies_move_dead_features_only(remedy: str) -> None:
+    """What is added for dead features leaves the living alone."""
+    trainee, batch = toy_trainee(dead=remedy)
+    coder = next(iter(trainee))
+    coder.since_fired[:10] = 1e6
+    x = trainee.read(coder, batch)
+    error = torch.randn(len(x), 1, D_MODEL, generator=torch.Generator().manual_seed(1))
+    coder.dead_loss(x, error, torch.Generator().manual_seed(0)).backward()
+    grads = [p.grad for p in (coder.W_enc, coder.W_dec) if p.grad is not None]
+    for grad in grads:
+        moved = grad.flatten(1).abs().sum(1) > 0
+        assert moved[:10].any() and not moved[10:].any()
+
+
+@pytest.mark.parametrize("sparsity", ["relu", "gated", "jumprelu"])
+def test_auxk_under_a_penalty_is_of_each_features_own_tokens(sparsity: str) -> None:
+    """`max(pre - least, 0)`, densely, has the same loss and gradients: of features below 0 everywhere, too."""
+    trainee, batch = toy_trainee(sparsity=sparsity)
+    coder = next(iter(trainee))
+    dead = torch.arange(20) * 2
+    coder.since_fired[dead] = 1e6
+    with torch.no_grad():
+        coder.b_enc[dead[:15]] -= 20.0
+        coder.b_enc[dead[15:]] += 1.0
+    x = trainee.read(coder, batch)
+    error = torch.randn(len(x), 1, D_MODEL, generator=torch.Generator().manual_seed(1))
+    fast = coder.dead_loss(x, error, torch.Generator().manual_seed(0))
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:512]
+    pre = x[rows] @ coder.W_enc[dead].T + coder.b_enc[dead]
+    count = max(1, round(len(rows) * coder.sparsity.k / len(coder.W_dec)))
+    least = pre.detach().sort(dim=0, descending=True).values[count].clamp_max(0)
+    cut = F.relu(pre - least)
+    assert (pre[:, :15] < 0).all() and (cut[:, :15] > 0).sum(0).eq(count).all() and (least[15:] == 0).any()
+    slow = (error[rows, 0] - cut @ coder.W_dec[dead, 0]).pow(2).mean()
+    torch.testing.assert_close(fast, slow)
+    parameters = [coder.W_enc, coder.b_enc, coder.W_dec]
+    for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in (fast, slow)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+        assert a[dead].reshape(20, -1).any(1).all()
+
+
+def test_preactivation_never_makes_a_dead_feature_write_less() -> None:
+    """That would lower its loss where the feature is below 0, and raise the level that batchtopk wants of it."""
+    trainee, batch = toy_trainee(dead="preactivation")
+    coder = next(iter(trainee))
+    coder.since_fired[:10] = 1e6
+    x = trainee.read(coder, batch)
+    coder.dead_loss(x, torch.zeros(len(x), 1, D_MODEL), torch.Generator().manual_seed(0)).backward()
+    assert coder.W_dec.grad is None and coder.b_enc.grad[:10].lt(0).all()
+
+
+@pytest.mark.parametrize("n_dead", [3, 20])
+def test_auxk_over_the_strongest_is_auxk_over_all(n_dead: int) -> None:
+    """The same loss and gradients as with every dead feature's pre-activation at every token."""
+    trainee, batch = toy_trainee(dead_k=5)
+    coder = next(iter(trainee))
+    dead = torch.arange(n_dead) * 2
+    coder.since_fired[dead] = 1e6
+    x = trainee.read(coder, batch)
+    error = torch.randn(len(x), 1, D_MODEL, generator=torch.Generator().manual_seed(1))
+    fast = coder.dead_loss(x, error, torch.Generator().manual_seed(0))
+    rows = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    pre = F.relu(x[rows] @ coder.W_enc[dead].T + coder.b_enc[dead])
+    cut = pre * (pre >= pre.topk(min(5, n_dead), dim=1).values[:, -1:])
+    slow = (error[rows, 0] - cut @ coder.W_dec[dead, 0]).pow(2).mean()
+    torch.testing.assert_close(fast, slow)
+    parameters = [coder.W_enc, coder.b_enc, coder.W_dec]
+    for a, b in zip(*(torch.autograd.grad(loss, parameters) for loss in (fast, slow)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_resampled_features_start_at_tokens_that_are_badly_rebuilt() -> None:
+    """All error lies at one token: dead features take its direction, and their optimiser state is zero."""
+    trainee, batch = toy_trainee(dead="resample")
+    coder = next(iter(trainee))
+    optimizer = torch.optim.Adam(coder.parameters())
+    trainee(batch, generator=torch.Generator(), memory=0.0).reconstruction.backward()
+    optimizer.step()
+    before = coder.W_dec.detach().clone()
+    coder.since_fired[:10] = 1e6
+    x = trainee.read(coder, batch)
+    error = torch.zeros(len(x), 1, D_MODEL)
+    error[5] = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(2))
+    assert coder.resample(x, error, optimizer=optimizer, generator=torch.Generator().manual_seed(0)) == 10
+    torch.testing.assert_close(coder.W_dec[:10, 0].detach(), F.normalize(error[5], dim=1).expand(10, -1))
+    assert torch.equal(coder.W_dec[10:], before[10:])
+    assert not optimizer.state[coder.W_enc]["exp_avg"][:10].any() and optimizer.state[coder.W_enc]["exp_avg"][10:].any()
 
 
 def first_step(source: ToyMLPs, remedy: str, weight: float) -> tuple[float, Trainee]:
