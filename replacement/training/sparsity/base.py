@@ -167,6 +167,7 @@ class Penalised(Sparsity):
     rate = 0.05  # of what would bring L0 to the wanted one at once
     near = 0.2  # up to where above the threshold density is counted, in mean distances of what fires
     least_near = 1e-3
+    most = 0.1  # of that distance up at a step: just below the threshold there may be many more
 
     def __init__(self, config: TrainingConfig, mesh: Mesh) -> None:
         super().__init__(config, mesh)
@@ -207,7 +208,7 @@ class Penalised(Sparsity):
         near = (self.near * mean).clamp_min(self.least_near)
         density = total(((above > 0) & (above < near)).sum()) / (tokens * near)
         step = self.rate * (wanted - fires) / density.clamp_min(1e-6)
-        self.due.copy_(step.clamp(-near, near))
+        self.due.copy_(step.clamp(-near, self.most * near))
 
     @torch.no_grad()
     def nudge(self, b_enc: nn.Parameter) -> None:
