@@ -97,8 +97,8 @@ class Coder(nn.Module):
     def norms(self) -> Float[Tensor, " n_features"]:
         """Norm of what a unit of each feature writes, all sites side by side as one vector.
 
-        (Lindsey et al. 2024 weigh a crosscoder's features by the sum of their norms at each site, which favours those of
-        few sites.)
+        (Lindsey et al. 2024 weigh a crosscoder's features by the sum of their norms at each site, which favours those
+        of few sites.)
         """
         return self.W_dec.flatten(1).norm(dim=1).clamp_min(1e-8)
 
