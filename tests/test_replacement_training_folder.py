@@ -63,6 +63,9 @@ def test_settings_that_kept_nothing_can_be_corrected(place: Path, tmp_path: Path
     """A run that failed before its first checkpoint leaves the folder to the next one; a later one only with its own
     settings, and the refusal names what differs."""
     out = tmp_path / "run"
+    assert "needs at least 1" in error_of(capsys, *command(place, out, "--checkpoint-every", "0"))
+    (out / "checkpoints").mkdir(parents=True)  # as a full disk leaves it
+    (out / "training.json").write_text("{}")
     rate = ("--learning-rate", "1e30", "--tokens", "2560")
     assert "lower learning_rate" in error_of(capsys, *command(place, out, *rate))
     assert main(command(place, out, "--tokens", "2560", "--checkpoint-every", "5")) == 0
@@ -83,6 +86,7 @@ def test_a_stopped_run_goes_on_at_another_learning_rate(place: Path, tmp_path: P
     stored = json.loads((out / "training.json").read_text())
     assert stored["earlier"] == ["reconstruction.learning_rate 0.002 there, 0.001 here"]
     assert stored["reconstruction"]["learning_rate"] == 1e-3
+    assert json.loads((out / "config.json").read_text())["metadata"] == stored
 
 
 @pytest.mark.parametrize("what", ["data", "model"])

@@ -23,6 +23,11 @@ PENALISED = ("relu", "jumprelu", "gated")
 """Sparsities that a penalty brings about; a controller moves its weight until `k` features a token fire."""
 ENCODERS = ("linear", "switch", "kronecker")
 """How features are made of encoder rows; `replacement.training.schemes` holds the meaning."""
+DEAD = ("auxk", "resample", "ghost", "preactivation", "none")
+"""What is done for dead features; `replacement.training.dead` holds the meaning."""
+STARTS = ("random", "samples", "clusters")
+"""Where features start; `replacement.training.starts` holds the meaning."""
+
 _BELONGS = {
     "site": ("kind", ("sae", "crosscoder", "causal_crosscoder")),
     "penalty": ("sparsity", ("jumprelu",)),
@@ -34,11 +39,6 @@ _BELONGS = {
     "pairs": ("encoder", ("kronecker",)),
 }
 """Settings that say something under some values of another one alone: elsewhere they would be ignored in silence."""
-DEAD = ("auxk", "resample", "ghost", "preactivation", "none")
-"""What is done for dead features; `replacement.training.dead` holds the meaning."""
-STARTS = ("random", "samples", "clusters")
-"""Where features start; `replacement.training.starts` holds the meaning."""
-
 START_TOKENS = 24_576
 """Tokens that features start from, and scales are estimated on."""
 
@@ -192,7 +192,7 @@ class TrainingConfig(Settings):
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must be in [0, 1]")
         if not 0 <= self.seed < 1 << 31:
             raise InputError(f"TrainingConfig(seed={self.seed}): needs a whole number in 0..{(1 << 31) - 1}")
-        if not (self.warmup_steps >= 0 and self.dead_weight >= 0 and self.balance_weight >= 0):  # NaN is not
+        if self.warmup_steps < 0 or self.dead_weight < 0 or self.balance_weight < 0:
             raise InputError("TrainingConfig(warmup_steps, dead_weight, balance_weight): must not be negative")
         if self.encoder != "linear":
             self._check_encoder()

@@ -64,7 +64,7 @@ def to_write(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     differ = differences(stored, wanted)
     if not differ:
         return None
-    finished, begun = (out / "config.json").exists(), (out / "checkpoints").exists()
+    finished, begun = (out / "config.json").exists(), any((out / "checkpoints").rglob("*.safetensors"))
     if not (finished or begun):
         return wanted
     if wrong := [words for name, words in differ.items() if finished or name.rpartition(".")[2] not in ADJUSTABLE]:
@@ -80,6 +80,11 @@ def write_settings(out: Path, settings: Mapping[str, Any]) -> None:
         raise InputError(
             f"{out / SETTINGS}: cannot be written ({error.strerror or error}); make room there and run it again"
         ) from error
+
+
+def read_settings(out: Path) -> dict[str, Any]:
+    """What `write_settings` put there, with earlier values of what was adjusted."""
+    return json.loads((out / SETTINGS).read_text(encoding="utf-8"))
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, within: str = "") -> dict[str, str]:

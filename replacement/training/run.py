@@ -127,7 +127,7 @@ def run(
             batch, checkpoint = partial(_batch, tokens, end_to_end.documents), checkpoint.with_stem("end_to_end")
             replaceable = ReplaceableBridge(bridge, sites(planned))
             train_end_to_end(replaceable, trainee, batch, config=end_to_end, checkpoint=checkpoint, **watched)
-        export(trainee, out, metadata=settings)
+        export(trainee, out, metadata=folder.read_settings(out))
     index = source.index if isinstance(source, CachedActivations) else None
     written = tuple(dict.fromkeys(site_of(name) for name in trainee.written))
     return Finished(out, written, last.records.get("reconstruction"), last.records.get("end to end"), index)

@@ -14,6 +14,7 @@ from types import FrameType
 
 import torch
 
+from replacement.errors import InputError
 from replacement.training.parallel import Mesh
 from replacement.training.report import Listener, Record, bar_listener
 
@@ -49,6 +50,8 @@ def watched(
     whether it has a progress bar. Raises `KeyboardInterrupt`, with words for what is kept, after a step in which
     somebody wanted the run to stop.
     """
+    if every < 1:
+        raise InputError(f"train(checkpoint_every={every}): needs at least 1")
     done, last, steps = span
     with (
         bar_listener(stage, done=done, steps=steps, show=show and mesh.is_first) as bar,
@@ -71,8 +74,8 @@ def watched(
 def _patient(mesh: Mesh, *, keeps: bool) -> Iterator[_Stop]:
     """Between steps the loop asks whether to stop; a second Ctrl-C does not wait for that.
 
-    keeps: whether there is a checkpoint to keep a step in; without one nothing is changed. Nor is it outside a
-    program's main thread, where Python leaves no signals to be caught.
+    keeps: whether there is a checkpoint to keep a step in; without one nothing is changed. Nor is it where a signal is
+    ignored (as by nohup), and outside a program's main thread, where Python leaves no signals to be caught.
     """
     stop, before = _Stop(mesh), {}
 
@@ -82,7 +85,8 @@ def _patient(mesh: Mesh, *, keeps: bool) -> Iterator[_Stop]:
         stop.heard = True
 
     if keeps and threading.current_thread() is threading.main_thread():
-        before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) not in (signal.SIG_IGN, None)]
+        before = {number: signal.signal(number, hear) for number in heard}
     try:
         yield stop
     finally:

@@ -152,7 +152,8 @@ class Penalised(Sparsity):
     the density of pre-activations at the threshold, counted just above it, is that function's slope. It needs no scale,
     works in both directions, at any learning rate, and outside of the loss, as biases do that balance experts (Wang et
     al. 2024, "Auxiliary-Loss-Free Load Balancing"). Where the weight brings L0 to k it comes to nothing; it is slow
-    enough that the weight still does most of the work, and never more than the distance it looks at.
+    enough that the weight still does most of the work. Biases fall by no more than the distance that density is counted
+    over, and rise by a tenth of it: what lies below the threshold is not seen.
     """
 
     log_weight: Tensor  # []
