@@ -86,15 +86,15 @@ def measured(bridge: Any, kind: str, seed: int, *, weights: Sequence[float], pro
     source = BridgeActivations(bridge, tokens, sites=sites(planned), documents=64)
     state = train(source, planned, config=config, show_progress=False)
 
+    model = ReplaceableBridge(bridge, sites(planned))
+
     def batch(index: int) -> TokenBatch:
-        rows = tokens.batch(index, STAGE["documents"])
-        return TokenBatch(rows, torch.ones_like(rows, dtype=torch.bool))
+        return model.documents(tokens.batch(index, STAGE["documents"]))
 
     for name, stage in stages(kind, weights).items():
         trainee = copy.deepcopy(state)
         if stage is not None:
             clock = time.process_time()
-            model = ReplaceableBridge(bridge, sites(planned))
             train_end_to_end(model, trainee, batch, config=stage, show_progress=False)
         yield name, _row(bridge, trainee, time.process_time() - clock, prompts if kind in GRAPHED else 0)
 

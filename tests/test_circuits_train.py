@@ -22,6 +22,7 @@ from circuits.settings import fields
 from graphs import AttributionGraph
 from replacement import formats
 from replacement.loading import load_bridge
+from replacement.starts import start_token
 from replacement.training import EndToEndConfig, TokenBatch, Trainee, TrainingConfig, plans, reconstruction
 from replacement.training import train_end_to_end as end_to_end
 from replacement.training.bridge import ReplaceableBridge
@@ -270,6 +271,37 @@ def test_a_bridge_that_is_replaced_by_its_own_values_is_unchanged(place: Path) -
             return found[name].view(self.shape)
 
     torch.testing.assert_close(model.replaced(tokens, where, Same()), logits)
+
+
+def test_start_tokens_inside_rows_are_left_to_the_model(place: Path) -> None:
+    """Dictionaries neither read nor write there, and rows of a batch have as many other tokens: what one has beyond
+    that, at its end, changes nothing before it."""
+    bridge, _ = load_bridge(place / "model", torch.float32, "cpu")
+    names = sites(plans(TrainingConfig(n_features=32), 3))
+    model, start = ReplaceableBridge(bridge, names), start_token(bridge.tokenizer)
+    rows = torch.randint(3, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = rows[0, 4] = start
+    batch = model.documents(rows)
+    text = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
+    assert torch.equal(batch.answer, text) and torch.equal(batch.tokens[text], rows[text])
+
+    class Nothing:
+        def read(self, name, x):
+            torch.testing.assert_close(x, values[name][text].flatten(1) if name == names[0] else x)
+            self.like = x
+
+        def write(self, name):
+            return torch.zeros_like(self.like) if name.endswith("mlp.hook_out") else None
+
+    def empty(tensor, hook):
+        return torch.where(text[..., None], 0, tensor) if hook.name.endswith("mlp.hook_out") else tensor
+
+    whole, values = bridge.run_with_cache(rows)
+    logits, found = model.original(batch.tokens, torch.ones_like(text))
+    torch.testing.assert_close(logits, whole[text])
+    assert all(torch.allclose(found[name], values[name][text].flatten(1), atol=1e-6) for name in names)
+    wanted = bridge.run_with_hooks(rows, fwd_hooks=[(name, empty) for name in names])
+    torch.testing.assert_close(model.replaced(batch.tokens, torch.ones_like(text), Nothing()), wanted[text])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,7 +32,7 @@ with a bridging weight of 1 they lost 0.021, 0.015 and 0.004 where this was 0, 1
 
 
 class TokenBatch(NamedTuple):
-    """Documents of one length."""
+    """Documents of one length, each with as many tokens that dictionaries stand at."""
 
     tokens: Int[Tensor, "batch pos"]
     answer: Bool[Tensor, "batch pos"]  #: whether the *next* token is an answer, and so always takes part
@@ -44,7 +44,7 @@ class ReplaceableModel(Protocol):
     def original(
         self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
     ) -> tuple[Float[Tensor, "chosen vocab"], Activations]:
-        """Logits at the positions in `where`, and activations with all tokens flattened."""
+        """Logits at the positions in `where`, and activations of the tokens that dictionaries stand at, flattened."""
         ...
 
     def replaced(

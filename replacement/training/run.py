@@ -124,8 +124,8 @@ def run(
         where: Any = {"mesh": mesh, "device": next(bridge.parameters()).device}
         trainee = train(source, planned, config=config, checkpoint=checkpoint, **where, **watched)
         if end_to_end is not None:
-            batch, checkpoint = partial(_batch, tokens, end_to_end.documents), checkpoint.with_stem("end_to_end")
-            replaceable = ReplaceableBridge(bridge, sites(planned))
+            replaceable, checkpoint = ReplaceableBridge(bridge, sites(planned)), checkpoint.with_stem("end_to_end")
+            batch = partial(_batch, replaceable, tokens, end_to_end.documents)
             train_end_to_end(replaceable, trainee, batch, config=end_to_end, checkpoint=checkpoint, **watched)
         export(trainee, out, metadata=folder.read_settings(out))
     index = source.index if isinstance(source, CachedActivations) else None
@@ -176,9 +176,5 @@ def _settings(config: TrainingConfig, end_to_end: EndToEndConfig | None, bridge:
     return {**rest, "dtype": dtype, "reconstruction": dataclasses.asdict(config), "end_to_end": last}
 
 
-def _batch(tokens: TokenSource, documents: int, index: int) -> TokenBatch:
-    """Documents by number, all positions after the first marked as answers."""
-    rows = tokens.batch(index, documents)
-    answer = torch.ones_like(rows, dtype=torch.bool)
-    answer[:, 0] = False
-    return TokenBatch(rows, answer)
+def _batch(model: ReplaceableBridge, tokens: TokenSource, documents: int, index: int) -> TokenBatch:
+    return model.documents(tokens.batch(index, documents))
