@@ -22,6 +22,7 @@ from replacement.errors import InputError
 from replacement.evaluation.divergence import Divergence, DivergenceMeter, GoOn
 from replacement.evaluation.model_diff import Kind, LatentScaling, ModelDiff
 from replacement.sites import hook_name, read_weights
+from replacement.starts import start_token, start_tokens
 from replacement.training.config import TrainingConfig
 from replacement.training.data import BridgeActivations, TokenSource, open_tokens
 from replacement.training.data.harvest import forward
@@ -239,14 +240,17 @@ def load_crosscoder(folder: Path) -> Crosscoder:
 
 
 def layer_differences(bridges: Mapping[str, Any], ids: Int[Tensor, "documents pos"]) -> tuple[LayerDifference, ...]:
-    """How far apart two models' residual streams are after each block: `|x_tuned - x_base| / |x_base|` over tokens."""
+    """How far apart two models' residual streams are after each block: `|x_tuned - x_base| / |x_base|` over tokens but
+    start tokens.
+    """
     layers = range(min(len(one.blocks) for one in bridges.values()))
     sites = [hook_name(layer, _STREAM) for layer in layers]
     base, tuned = (forward(bridges[name], ids, sites).activations for name in (BASE, TUNED))
-    out = []
+    tokenizer = bridges[BASE].tokenizer
+    text, out = ~start_tokens(ids, None if tokenizer is None else start_token(tokenizer)), []
     for layer, name in zip(layers, sites, strict=True):
-        x, y = base[name][:, 1:].float(), tuned[name][:, 1:].float().to(base[name].device)
-        share = ((x - y).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)).flatten()
+        x, y = (part[name][text.to(part[name].device)].float() for part in (base, tuned))
+        share = (x - y.to(x.device)).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)
         out.append(LayerDifference(layer, share.median().item(), share.quantile(0.99).item()))
     return tuple(out)
 

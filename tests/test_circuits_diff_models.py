@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from circuits.cli import main
-from circuits.model_diff import Measures
+from circuits.model_diff import Measures, layer_differences
 from replacement import formats
 from replacement.evaluation.divergence import Divergence
 from replacement.evaluation.model_diff import Kind, ModelDiff, Scaling
+from replacement.loading import load_bridge
+from replacement.starts import start_token
 from tests.tiny import save_tiny_model
 
 SMALL = ["--features", "32", "--k", "4", "--tokens", "2560", "--held-out", "300", "--context", "16", "--top", "4"]
@@ -76,6 +78,18 @@ def test_a_pair_is_compared_in_one_command(place: Path, tmp_path: Path, capsys) 
     said = capsys.readouterr().out
     assert "What makes their predictions differ" in said and "Only the tuned model writes this" in said
     assert "shared" in said and str(tmp_path / "again") in said
+
+
+def test_how_far_apart_streams_are_is_measured_on_text(place: Path) -> None:
+    """Median and 99th percentile of `|x' - x| / |x|` over all tokens but start tokens, wherever they stand."""
+    bridges = {name: load_bridge(place / name, torch.float32, "cpu")[0] for name in ("base", "tuned")}
+    rows = torch.randint(3, 40, (4, 12), generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = rows[1, 5] = rows[2, 7] = start_token(bridges["base"].tokenizer)
+    found = layer_differences(bridges, rows)[2]
+    x, y = (one.run_with_cache(rows)[1]["blocks.2.hook_resid_post"] for one in bridges.values())
+    shares = ((y - x).norm(dim=-1) / x.norm(dim=-1))[rows != rows[0, 0]]
+    assert len(shares) == 4 * 11 - 2
+    assert (found.typical, found.largest) == pytest.approx((shares.median().item(), shares.quantile(0.99).item()))
 
 
 def test_what_both_models_have_comes_after_what_one_has() -> None:
