@@ -53,7 +53,7 @@ SETTINGS: dict[str, Any] = {
     "tokens": 150 * 512,
     "buffer_bytes": 32_000_000,
 }
-STAGE: dict[str, Any] = {"steps": 60, "documents": 8, "learning_rate": 1e-3, "warmup_steps": 5, "other_share": 1.0}
+STAGE: dict[str, Any] = {"steps": 60, "documents": 8, "learning_rate": 1e-3, "warmup_steps": 5}
 CONTEXT, HELD_OUT, PROMPT_TOKENS = 64, 128, 12  # tokens of a document; documents measured on; tokens of a prompt
 WITHOUT, KL_ALONE = "not at all", "KL alone"
 

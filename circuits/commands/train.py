@@ -24,8 +24,6 @@ FLAGS = {"n_features": "--features"}
 """Fields whose flag is not their own name."""
 LAST_FLAGS = {"bridging_weight": "--bridging-weight"}
 """The same of the last stage, whose other flags begin with `--end-to-end-`."""
-LAST_DEFAULTS = {"other_share": 1.0}
-"""Of the last stage where they are not the field's own: in running text every token is an answer."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -90,9 +88,9 @@ def _configure_last(last: argparse._ActionsContainer) -> None:
                 _last_flag(field),
                 dest=_last_name(field),
                 type=_reader(field),
-                default=_last_default(field),
+                default=field.default,
                 metavar=_metavar(field),
-                help=f"{_told(field)} (default: {_shown(_last_default(field))})",
+                help=f"{_told(field)} (default: {_shown(field.default)})",
             )
 
 
@@ -182,10 +180,6 @@ def _last_name(field: Field) -> str:
     return f"end_to_end_{field.name}"
 
 
-def _last_default(field: Field) -> Any:
-    return LAST_DEFAULTS.get(field.name, field.default)
-
-
 def _of_last_stage(arguments: argparse.Namespace) -> dict[str, Any]:
     """The last stage's settings but for its steps; raises `InputError` where some are given and it is not asked for."""
     from replacement.errors import InputError
@@ -195,7 +189,7 @@ def _of_last_stage(arguments: argparse.Namespace) -> dict[str, Any]:
         if field.name == "steps":
             continue
         given[field.name] = value = getattr(arguments, _last_name(field))
-        if not arguments.end_to_end and value != _last_default(field):
+        if not arguments.end_to_end and value != field.default:
             raise InputError(f"{_last_flag(field)} {_shown(value)}: is of the last stage; add --end-to-end STEPS")
     return given
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -29,7 +30,7 @@ class ReplaceableBridge:
         bridge.requires_grad_(False)
 
     def documents(self, rows: Int[Tensor, "batch pos"]) -> TokenBatch:
-        """Rows as a batch of the stage, every position an answer.
+        """Rows as a batch of the stage, no token marked as an answer.
 
         All get as many text tokens: what a row has beyond the others, at its end, becomes start tokens, so that
         processes that share the rows have as many as each other. Nothing before them sees that.
@@ -38,7 +39,7 @@ class ReplaceableBridge:
         if self._start is not None:
             text &= text.cumsum(1) <= text.sum(1).min()
             rows = rows.where(text, self._start)
-        return TokenBatch(rows, text)
+        return TokenBatch(rows, torch.zeros_like(text))
 
     def original(
         self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]

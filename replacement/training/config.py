@@ -301,8 +301,8 @@ class EndToEndConfig(Settings):
     error that every dictionary makes beside the original's own activations. KL alone makes dictionaries right together
     and less right one by one; with the term, error nodes stay small and the replacement score does not fall.
     """
-    other_share: float = 0.15
-    """Share of the tokens that are not answers, drawn anew each step, that take part in the KL beside all answers."""
+    other_share: float = 1.0
+    """Share of the tokens that take part in the KL, drawn anew each step; tokens that data marks as answers all do."""
     aux_weight: float = 0.125
     """Weight of the loss for dead features, as in the reconstruction stage."""
     threshold_memory: float = 0.98

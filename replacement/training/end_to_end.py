@@ -35,7 +35,7 @@ class TokenBatch(NamedTuple):
     """Documents of one length, each with as many tokens that dictionaries stand at."""
 
     tokens: Int[Tensor, "batch pos"]
-    answer: Bool[Tensor, "batch pos"]  #: whether the *next* token is an answer, and so always takes part
+    answer: Bool[Tensor, "batch pos"]  #: whether the *next* token is marked as an answer, and so always takes part
 
 
 class ReplaceableModel(Protocol):
@@ -160,6 +160,9 @@ def train_end_to_end(
     from the replaced model's own stream, y'' from the original's: y - y'' is what error nodes hold. A crosscoder, which
     reads layers beyond those that it writes, reads the original's activations.
 
+    k is held where the dictionaries read, on the replaced model's stream. SAEs of the stream read there what others
+    have made simpler, and fire more widely on the original's (all of atlas's layers, k 8: 7 there, 11 here).
+
     batch: documents by number; step n uses batch n. checkpoint, checkpoint_every, stop_after, listeners: as in `train`.
     Several processes, those of the trainee's mesh, share the documents of a batch.
     """
@@ -277,4 +280,4 @@ def _own(coder: Coder) -> tuple[str, ...]:
 def _divergence(logits: Tensor, wanted: Tensor, data: Axis) -> Float[Tensor, ""]:
     """KL(wanted || logits), the mean over the chosen positions of all processes: of what each returns the mean."""
     logs = logits.float().log_softmax(-1), wanted.float().log_softmax(-1)
-    return nn.functional.kl_div(*logs, log_target=True, reduction="sum") / (data.count(len(logits)) / data.size)
+    return nn.functional.kl_div(*logs, log_target=True, reduction="sum") / (max(1, data.count(len(logits))) / data.size)

@@ -60,14 +60,18 @@ _RECONSTRUCTION = TrainingConfig(
     tokens=1_500_000,
     buffer_bytes=100_000_000,
 )
+_OTHER_SHARE = 0.15  # what a sentence asks for counts more than how it goes on
 _END_TO_END = (
-    EndToEndConfig(steps=1000, learning_rate=1e-3, aux_weight=0.0),
-    EndToEndConfig(steps=1400, learning_rate=1e-3, aux_weight=0.0, reconstruction_weight=10.0),
+    EndToEndConfig(steps=1000, learning_rate=1e-3, aux_weight=0.0, other_share=_OTHER_SHARE),
+    EndToEndConfig(
+        steps=1400, learning_rate=1e-3, aux_weight=0.0, other_share=_OTHER_SHARE, reconstruction_weight=10.0
+    ),
 )
 _WIDEN = EndToEndConfig(
     steps=700,
     learning_rate=1e-3,
     aux_weight=0.0,
+    other_share=_OTHER_SHARE,
     reconstruction_weight=3.0,
     threshold_memory=0.9,
     layers=(5,),
