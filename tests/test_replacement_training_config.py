@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from replacement.errors import InputError
+from replacement.training import EndToEndConfig
 from tests.test_replacement_training import toy_config
 
 
@@ -30,6 +31,10 @@ from tests.test_replacement_training import toy_config
         ({"sparsity": "gated", "bandwidth": 0.1}, "belongs to sparsity='jumprelu'"),
         ({"experts": 4}, "belongs to encoder='switch'"),
         ({"encoder": "switch", "pairs": (2, 2)}, "belongs to encoder='kronecker'"),
+        ({"dead": "resample", "dead_weight": 3.0}, "belongs to dead='auxk' or 'ghost' or 'preactivation'"),
+        ({"dead": "ghost", "dead_k": 5}, "belongs to dead='auxk'"),
+        ({"sparsity": "relu", "dead_k": 5}, "belongs to sparsity='batchtopk' or 'topk'"),
+        ({"sparsity": "topk", "threshold_memory": 0.5}, "belongs to sparsity='batchtopk'"),
         ({"balance_weight": float("nan")}, "must be finite"),
         ({"dead_weight": float("nan")}, "must be finite"),
         ({"layers": (1, 0)}, "ascending layers"),
@@ -39,3 +44,22 @@ from tests.test_replacement_training import toy_config
 def test_contradictory_settings_are_named(changes: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         toy_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"learning_rate": -1.0}, r"\(learning_rate=-1.0\): must not be negative"),
+        ({"warmup_steps": -3}, "must not be negative"),
+        ({"aux_weight": -1.0}, "must not be negative"),
+        ({"kl_weight": float("nan")}, "must be finite"),
+        ({"threshold_memory": 2.0}, r"share in \[0, 1\]"),
+        ({"other_share": -0.1}, r"share in \[0, 1\]"),
+        ({"layers": (1, 1)}, "ascending layers, each once"),
+        ({"k": 0}, "needs k >= 1"),
+        ({"documents": 0}, "documents >= 1"),
+    ],
+)
+def test_a_last_stage_that_cannot_be_is_named(changes: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        EndToEndConfig(**changes)

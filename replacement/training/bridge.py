@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from replacement.errors import InputError
 from replacement.starts import start_token, start_tokens
 from replacement.substitution import Replacement
 from replacement.training.end_to_end import TokenBatch
@@ -33,9 +34,14 @@ class ReplaceableBridge:
         """Rows as a batch of the stage, no token marked as an answer.
 
         All get as many text tokens: what a row has beyond the others, at its end, becomes start tokens, so that
-        processes that share the rows have as many as each other. Nothing before them sees that.
+        processes that share the rows have as many as each other. Nothing before them sees that. Raises `InputError` for
+        a row without text.
         """
         text = ~start_tokens(rows, self._start)
+        if not text.any(1).all():
+            raise InputError(
+                "train(end_to_end=...): a row holds start tokens alone; leave empty documents out of the data"
+            )
         if self._start is not None:
             text &= text.cumsum(1) <= text.sum(1).min()
             rows = rows.where(text, self._start)

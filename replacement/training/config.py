@@ -20,7 +20,7 @@ KINDS = ("transcoder", "skip_transcoder", "sae", "clt", "crosscoder", "causal_cr
 SPARSITIES = ("batchtopk", "topk", "relu", "jumprelu", "gated")
 """How features are kept few; `replacement.training.sparsity` holds the meaning."""
 PENALISED = ("relu", "jumprelu", "gated")
-"""Sparsities that a penalty brings about; a controller moves its weight until `k` features a token fire."""
+"""Sparsities that a penalty brings about; its weight and biases are moved until `k` features a token fire."""
 ENCODERS = ("linear", "switch", "kronecker")
 """How features are made of encoder rows; `replacement.training.schemes` holds the meaning."""
 DEAD = ("auxk", "resample", "ghost", "preactivation", "none")
@@ -37,8 +37,15 @@ _BELONGS = {
     "experts": ("encoder", ("switch",)),
     "balance_weight": ("encoder", ("switch",)),
     "pairs": ("encoder", ("kronecker",)),
+    "dead_weight": ("dead", ("auxk", "ghost", "preactivation")),
+    "dead_k": ("dead", ("auxk",)),
+    "threshold_memory": ("sparsity", ("batchtopk",)),
 }
 """Settings that say something under some values of another one alone: elsewhere they would be ignored in silence."""
+_NOT_NEGATIVE = (
+    *("learning_rate", "warmup_steps", "kl_weight", "reconstruction_weight", "bridging_weight", "aux_weight"),
+    *("widen", "input_noise", "seed"),
+)  # of the last stage
 START_TOKENS = 24_576
 """Tokens that features start from, and scales are estimated on."""
 
@@ -89,7 +96,8 @@ class TrainingConfig(Settings):
     """How features are kept few: batchtopk, topk, relu (L1), jumprelu, gated."""
     k: int | tuple[int, ...] = 16
     """Features that fire at a token on average, for all dictionaries or one number each. Exact at every token for topk
-    (with encoder kronecker at most that many: only positive products fire); a penalty's weight is moved until it holds.
+    (with encoder kronecker at most that many: only positive products fire); under a penalty its weight and all biases
+    are moved until it holds.
     """
     penalty: str = "tanh"
     """Of jumprelu: "tanh" (of each activation times its decoder norm) or "quadratic" (of L0 around k)."""
@@ -206,6 +214,10 @@ class TrainingConfig(Settings):
                     f"TrainingConfig({name}={getattr(self, name)!r}): belongs to {decider}="
                     f"{' or '.join(map(repr, values))}; leave it out"
                 )
+        if self.sparsity in PENALISED and self.dead_k != type(self).dead_k:
+            raise InputError(
+                f"TrainingConfig(dead_k={self.dead_k}): belongs to sparsity='batchtopk' or 'topk'; leave it out"
+            )
 
     def _check_each(self) -> None:
         """Raise InputError for what the settings of any one dictionary contradict."""
@@ -287,7 +299,7 @@ class EndToEndConfig(Settings):
     steps: int = 400
     """Optimiser steps."""
     documents: int = 32
-    """Documents of one step."""
+    """Documents of one step, each cut to as many text tokens as the one with the fewest has."""
     learning_rate: float = 5e-4
     """Adam's step size at its peak; it falls linearly to zero."""
     warmup_steps: int = 20
@@ -324,13 +336,13 @@ class EndToEndConfig(Settings):
             raise InputError(
                 f"EndToEndConfig(steps={self.steps}, documents={self.documents}): needs steps >= 0 and documents >= 1"
             )
-        if self.widen < 0 or self.input_noise < 0 or (self.k is not None and self.k < 1):
-            raise InputError(
-                f"EndToEndConfig(widen={self.widen}, input_noise={self.input_noise}, k={self.k}): "
-                "needs widen and input_noise >= 0 and k >= 1"
-            )
-        if not self.bridging_weight >= 0 or not 0 <= self.other_share <= 1:
-            raise InputError(
-                f"EndToEndConfig(bridging_weight={self.bridging_weight}, other_share={self.other_share}): "
-                "needs a weight >= 0 and a share in [0, 1]"
-            )
+        if self.k is not None and self.k < 1:
+            raise InputError(f"EndToEndConfig(k={self.k}): needs k >= 1, or None to keep the dictionaries' own")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise InputError(f"EndToEndConfig({name}={getattr(self, name)}): must not be negative")
+        for name in ("other_share", "threshold_memory"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"EndToEndConfig({name}={getattr(self, name)}): needs a share in [0, 1]")
+        if list(self.layers) != sorted(set(self.layers)):
+            raise InputError(f"EndToEndConfig(layers={self.layers}): needs ascending layers, each once")

@@ -6,6 +6,7 @@ only as two functions of tokens; whoever has one provides them.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -26,8 +27,9 @@ from replacement.training.trainee import Trainee, l0, unexplained
 from replacement.training.watching import watched
 
 _BESIDE = 10.0
-"""Weight of the bridging term's reconstruction error. Atlas's transcoders lost 0.017 of replacement score by KL alone;
-with a bridging weight of 1 they lost 0.021, 0.015 and 0.004 where this was 0, 1 and 5.
+"""Weight of the bridging term's reconstruction error. With a bridging weight of 1 atlas's transcoders lost 0.021, 0.015
+and 0.004 of replacement score where this was 0, 1 and 5, by KL alone 0.017; at 10 they lose none (`benchmarks/
+end_to_end.py`).
 """
 
 
@@ -157,11 +159,13 @@ def train_end_to_end(
     + mean over sites of (reconstruction_weight |y - y'|^2 / d + penalty + aux_weight remedy)` and
     `bridge = KL(original || half replaced) + 10 mean over sites of |y - y''|^2 / d`, every KL averaged over tokens
     whose next token is an answer and a random share `other_share` of the others; y is the original's, y' is computed
-    from the replaced model's own stream, y'' from the original's: y - y'' is what error nodes hold. A crosscoder, which
-    reads layers beyond those that it writes, reads the original's activations.
+    from the replaced model's own stream, y'' from the original's: y - y'' is what error nodes hold. Gated dictionaries
+    add the same of what their gates alone write. A crosscoder reads layers beyond those that it writes, and so the
+    original's activations.
 
-    k is held where the dictionaries read, on the replaced model's stream. SAEs of the stream read there what others
-    have made simpler, and fire more widely on the original's (all of atlas's layers, k 8: 7 there, 11 here).
+    k is held where the dictionaries read, on the replaced model's stream, which may be simpler than the original's: on
+    the latter more features fire. Of k 8, atlas's transcoders have 7.6 to 8.2 there; SAEs of its stream, which read
+    what others wrote, 7.4 to 15.8, the later the more.
 
     batch: documents by number; step n uses batch n. checkpoint, checkpoint_every, stop_after, listeners: as in `train`.
     Several processes, those of the trainee's mesh, share the documents of a batch.
@@ -239,11 +243,13 @@ def _update(
     if config.bridging_weight:
         drawn = torch.rand(len(trainee.written), generator=generator) < 0.5
         kept = frozenset(name for name, keep in zip(trainee.written, drawn.tolist(), strict=True) if keep)
+        once = dataclasses.replace(config, aux_weight=0.0)  # the dead have their loss already
         with trainee.unmoved():
-            mixed = _Forward(trainee, activations, config=config, generator=generator, kept=kept)
+            mixed = _Forward(trainee, activations, config=once, generator=generator, kept=kept)
             half = _divergence(model.replaced(batch.tokens, where, mixed), wanted, data).to(trainee.device)
-            beside = trainee(activations, generator=generator, memory=config.threshold_memory).reconstruction
-        total = total + config.bridging_weight * (half + _BESIDE * beside / len(trainee.written))
+        with trainee.unmoved():
+            passed = trainee(activations, generator=generator, memory=config.threshold_memory, with_dead=False)
+        total = total + config.bridging_weight * (half + _BESIDE * passed.reconstruction / len(trainee.written))
     value = data.average(total.detach())
     if not torch.isfinite(value):
         raise InputError(

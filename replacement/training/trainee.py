@@ -116,10 +116,13 @@ class Trainee(nn.Module):
         """The output bias of a written site, in scaled units."""
         return self.b_dec[self.written.index(name)]
 
-    def forward(self, activations: Activations, *, generator: torch.Generator, memory: float) -> Losses:
+    def forward(
+        self, activations: Activations, *, generator: torch.Generator, memory: float, with_dead: bool = True
+    ) -> Losses:
         """The loss of a batch of unscaled activations, of which this process sees its share.
 
-        `sum over written sites of mean over prefixes of |y - y_p|^2 / d`, y with mean square about 1.
+        `sum over written sites of mean over prefixes of |y - y_p|^2 / d`, y with mean square about 1. with_dead:
+        whether the remedy's loss is wanted.
         """
         out = {name: self.bias(name)[None, None] for name in self.written}
         gated = {name: self.bias(name).detach()[None] for name in self.written}
@@ -152,7 +155,7 @@ class Trainee(nn.Module):
         return Losses(
             reconstruction,
             sum((one.penalty for one in passes), start=0.0),
-            self._dead_loss(inputs, errors, generator),
+            self._dead_loss(inputs, errors, generator) if with_dead else 0.0,
             torch.stack([unexplained(errors[name], wanted[name], self.mesh.data) for name in self.written]),
             torch.stack([l0(one, self.mesh) for one in passes]),
             errors,

@@ -158,6 +158,7 @@ class Penalised(Sparsity):
 
     log_weight: Tensor  # []
     steps_done: Tensor  # []
+    distance: Tensor  # [], mean distance above the threshold of what fires, when last anything did
     due: Tensor  # [], what pre-activations are to rise by once the optimiser has made its step
     gain, damping = 0.2, 4.0
     lowest, highest = 1e-5, 100.0
@@ -175,6 +176,7 @@ class Penalised(Sparsity):
         self.steps = config.steps
         self.register_buffer("log_weight", torch.tensor(self.first_weight).log())
         self.register_buffer("steps_done", torch.tensor(0.0))
+        self.register_buffer("distance", torch.tensor(0.0))
         self.register_buffer("due", torch.tensor(0.0), persistent=False)
 
     def bias_to_start(self, x: Tensor, encoder: Encoder, k: float) -> Float[Tensor, " n_features"]:
@@ -200,13 +202,14 @@ class Penalised(Sparsity):
         fires: Float[Tensor, ""],
         wanted: Float[Tensor, ""],
     ) -> None:
-        """Set what is due where a training step is made; above: how far pre-activations are above their threshold."""
+        """Set what is due where a training step is made; above: how far features are above where they begin to fire."""
         if not torch.is_grad_enabled():
             return
         total, tokens = self.mesh.world.total, active.n_tokens * self.mesh.data.size
         above = above.detach()
         mean = total(above.clamp_min(0).sum()) / (fires * tokens).clamp_min(1)
-        near = (self.near * mean).clamp_min(self.least_near)
+        self.distance.copy_(mean.where(fires > 0, self.distance))
+        near = (self.near * self.distance).clamp_min(self.least_near)
         density = total(((above > 0) & (above < near)).sum()) / (tokens * near)
         step = self.rate * (wanted - fires) / density.clamp_min(1e-6)
         self.due.copy_(step.clamp(-near, self.most * near))

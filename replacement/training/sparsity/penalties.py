@@ -155,8 +155,9 @@ class GatedSparsity(Penalised):
         return torch.relu(self.r_mag.exp()[feature] * linear + self.b_mag[feature]) * gate
 
     def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
-        fires = self.fires(activations, active)
-        self.aim(values, active, fires=fires, wanted=self.wanted())
+        fires, scale = self.fires(activations, active), self.r_mag.detach().exp()[active.feature.long()]
+        above = torch.minimum(values.detach(), activations.detach() / scale)  # gate and magnitude: both have to be
+        self.aim(above, active, fires=fires, wanted=self.wanted())
         penalty = self.mesh.features.add(_l1(torch.relu(values), active, norms.detach(), self.k))
         return self.controlled(fires) * penalty
 
