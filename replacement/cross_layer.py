@@ -13,6 +13,7 @@ from replacement.activation import Activation
 from replacement.dictionary import LearnedDictionary
 from replacement.encoding import LINEAR, Encoding
 from replacement.errors import InputError
+from replacement.stored import written
 
 
 class CrossLayerTranscoder(LearnedDictionary):
@@ -64,4 +65,4 @@ class CrossLayerTranscoder(LearnedDictionary):
         return self.W_dec[:, layer - self.layer].index_select(0, features).to(self.b_dec.dtype)
 
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
-        return activations @ self.W_dec[:, layer - self.layer].to(activations.dtype)
+        return written(activations, self.W_dec[:, layer - self.layer])

@@ -14,6 +14,7 @@ from replacement.activation import Activation
 from replacement.dictionary import LearnedDictionary
 from replacement.encoding import LINEAR, Encoding
 from replacement.errors import InputError
+from replacement.stored import written
 
 _PART = re.compile(r"(?:(?P<model>[\w-]+):)?blocks\.(?P<layer>\d+)\.(?P<site>[\w.]+)")
 
@@ -84,10 +85,8 @@ class Crosscoder(LearnedDictionary):
         return self.W_dec[:, self.part(layer)].index_select(0, features).to(self.b_dec.dtype)
 
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
-        return activations @ self.W_dec[:, self.part(layer)].to(activations.dtype)
+        return written(activations, self.W_dec[:, self.part(layer)])
 
     def forward(self, x: Float[Tensor, "... n_parts*d_out"]) -> Float[Tensor, "... n_parts d_out"]:
         """The reconstruction of every part, from all parts side by side."""
-        return (self.encode(x) @ self.W_dec.flatten(1).to(x.dtype)).unflatten(
-            -1, (len(self.parts), self.d_out)
-        ) + self.b_dec
+        return written(self.encode(x), self.W_dec.flatten(1)).unflatten(-1, (len(self.parts), self.d_out)) + self.b_dec

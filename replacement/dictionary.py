@@ -68,7 +68,7 @@ class Dictionary(nn.Module, abc.ABC):
 
         Encoder and decoder stay in the precision that they were stored in, on a CPU mapped from their file: a trace
         gathers few rows of the decoder, and all of either may be more than there is memory. Rows are converted as they
-        are used.
+        are used, some at a time.
         """
         kept = {name: self._parameters.pop(name, None) for name in ("W_enc", "W_dec")}
         self.requires_grad_(False).to(device=device, dtype=dtype)

@@ -17,22 +17,7 @@ from torch.nn import functional as F
 
 from replacement.activation import Activation, TopK
 from replacement.errors import InputError
-
-CONVERTED_AT_ONCE = 1 << 22
-"""Numbers of encoder rows in another precision that are converted together: 16 MiB in float32."""
-
-
-def pre_activations(
-    x: Float[Tensor, "... d_in"], W_enc: Float[Tensor, "rows d_in"], b_enc: Float[Tensor, " rows"]
-) -> Float[Tensor, "... rows"]:
-    """`x W_enc^T + b_enc` in the precision of x; rows kept in another one are converted some at a time, never all."""
-    if W_enc.dtype == x.dtype:
-        return F.linear(x, W_enc, b_enc)
-    out, each = x.new_empty(*x.shape[:-1], len(W_enc)), max(1, CONVERTED_AT_ONCE // W_enc.shape[1])
-    for start in range(0, len(W_enc), each):
-        rows = slice(start, start + each)
-        out[..., rows] = F.linear(x, W_enc[rows].to(x.dtype), b_enc[rows].to(x.dtype))
-    return out
+from replacement.stored import pre_activations
 
 
 class Encoding(nn.Module, abc.ABC):

@@ -13,6 +13,7 @@ from replacement.activation import Activation
 from replacement.dictionary import LearnedDictionary
 from replacement.encoding import LINEAR, Encoding
 from replacement.errors import InputError
+from replacement.stored import written
 
 
 class Transcoder(LearnedDictionary):
@@ -70,7 +71,7 @@ class Transcoder(LearnedDictionary):
 
     def decode(self, activations: Float[Tensor, "... n_features"], layer: int) -> Float[Tensor, "... d_out"]:
         assert layer == self.layer
-        return activations @ self.W_dec.to(activations.dtype)
+        return written(activations, self.W_dec)
 
     def forward(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
         """The approximation of what stands at the written site, at input x."""

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from circuits import attribute
-from replacement import ReplacementModel, encoding, formats
+from replacement import ReplacementModel, formats, stored
 from replacement.dictionary import DictionarySet
 from replacement.errors import InputError
 from replacement.finite import all_finite
@@ -310,10 +310,10 @@ def test_weights_stay_as_stored_and_their_rows_are_converted(kind, dtype, tiny_m
     """All of a set may be more than there is memory: nothing copies it on the way from the file to a trace."""
     formats.save(random_set("llama", kind, "relu", CFG), tmp_path, dtype=dtype)
     loaded, whole = (formats.load(tmp_path) for _ in range(2))
-    stored = [(rows.data_ptr(), rows.dtype) for d in loaded for rows in (d.W_enc, d.W_dec)]
+    kept = [(rows.data_ptr(), rows.dtype) for d in loaded for rows in (d.W_enc, d.W_dec)]
     model = ReplacementModel(tiny_model("llama", "neurons").bridge, loaded, name="llama")
-    assert [(rows.data_ptr(), rows.dtype) for d in model.dictionaries for rows in (d.W_enc, d.W_dec)] == stored
-    assert {kept for _, kept in stored} == {getattr(torch, dtype)}
+    assert [(rows.data_ptr(), rows.dtype) for d in model.dictionaries for rows in (d.W_enc, d.W_dec)] == kept
+    assert {own for _, own in kept} == {getattr(torch, dtype)}
     for dictionary in whole:
         dictionary.to(torch.float64)
     usual = ReplacementModel(tiny_model("llama", "neurons").bridge, whole, name="llama")
@@ -324,7 +324,7 @@ def test_weights_stay_as_stored_and_their_rows_are_converted(kind, dtype, tiny_m
 @pytest.mark.parametrize("kind", ["transcoder", *ENCODERS])
 def test_rows_converted_a_few_at_a_time_encode_alike(kind, monkeypatch):
     """Activations and their gradients are those of rows that were converted all at once."""
-    monkeypatch.setattr(encoding, "CONVERTED_AT_ONCE", 7 * CFG.d_model)
+    monkeypatch.setattr(stored, "CONVERTED_AT_ONCE", 7 * CFG.d_model)
     (short, *_), (whole, *_) = (random_set("llama", kind, "relu", CFG) for _ in range(2))
     short.W_enc.data = short.W_enc.to(torch.bfloat16)
     whole.W_enc.data = short.W_enc.float()
@@ -338,6 +338,20 @@ def test_rows_converted_a_few_at_a_time_encode_alike(kind, monkeypatch):
     for found, expected in zip(*results, strict=True):
         assert expected.any()
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_converted_a_few_at_a_time_write_alike(kind, monkeypatch):
+    """At every layer, what is written is that of rows that were converted all at once."""
+    monkeypatch.setattr(stored, "CONVERTED_AT_ONCE", 7 * CFG.d_model)
+    (short, *_), (whole, *_) = (random_set("llama", kind, "relu", CFG) for _ in range(2))
+    short.W_dec.data = short.W_dec.to(torch.bfloat16)
+    whole.W_dec.data = short.W_dec.float()
+    activations = torch.rand(2, 5, short.n_features, generator=torch.Generator().manual_seed(0))
+    for layer in short.write_layers:
+        expected = whole.decode(activations, layer)
+        assert expected.any()
+        torch.testing.assert_close(short.decode(activations, layer), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -25,7 +25,8 @@ def read_tensors(path: Path, *, as_stored: Collection[str] = ()) -> dict[str, Te
     """All tensors of a safetensors file in float32 (float64 kept), those named in `as_stored` as they are.
 
     A tensor that is not converted is mapped from the file: it takes memory where it is read, and the system takes that
-    back when it is short. Raises InputError where the file is missing, damaged or not finite.
+    back when it is short. Whoever replaces the file has to do it by rename, as `formats.save` does: bytes written into
+    the file itself change tensors that are in use. Raises InputError where it is missing, damaged or not finite.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file")
