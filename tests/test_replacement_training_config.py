@@ -55,7 +55,7 @@ def test_contradictory_settings_are_named(changes: dict, words: str) -> None:
         ({"kl_weight": float("nan")}, "must be finite"),
         ({"threshold_memory": 2.0}, r"share in \[0, 1\]"),
         ({"other_share": -0.1}, r"share in \[0, 1\]"),
-        ({"layers": (1, 1)}, "ascending layers, each once"),
+        ({"layers": (1, 1)}, "ascending layers from 0, each once"),
         ({"k": 0}, "needs k >= 1"),
         ({"documents": 0}, "documents >= 1"),
     ],

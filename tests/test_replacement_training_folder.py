@@ -18,7 +18,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from circuits.cli import main
 from replacement.errors import InputError
-from replacement.training.folder import differences
+from replacement.training.folder import differences, to_write, write_settings
 from tests.test_circuits_train import command, dictionaries_of, place  # noqa: F401 - the fixture of a model and a text
 from tests.test_replacement_training import ToyMLPs, toy_config, trained
 
@@ -106,6 +106,68 @@ def test_a_run_does_not_go_on_with_other_data_or_weights(what: str, place: Path,
     assert "the model's weights or the data have changed since" in error_of(capsys, *given)
 
 
+def test_a_last_stage_that_contradicts_the_first_is_refused_before_it(place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    """And one that has not begun can still be changed, or added, without losing the stage before it."""
+    out = tmp_path / "run"
+    size = ("--layers", "1", "--tokens", "1280")
+    for wrong, words in {
+        ("--end-to-end-layers", "2"): "the dictionaries read layers (1,)",
+        ("--end-to-end-k", "999"): "k=999",
+        ("--end-to-end-seed", str(1 << 40)): "needs a whole number in",
+        ("--sparsity", "topk", "--end-to-end-threshold-memory", "0.5"): "belongs to sparsity='batchtopk'",
+    }.items():
+        assert words in error_of(capsys, *command(place, out, *size, "--end-to-end", "2", *wrong))
+        assert not out.exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("replacement.training.run.train_end_to_end", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(command(place, out, *size, "--end-to-end", "2"))
+    kept = (out / "checkpoints" / "reconstruction.safetensors").read_bytes()
+    assert main(command(place, out, *size, "--end-to-end", "3", "--end-to-end-documents", "8")) == 0
+    assert (out / "checkpoints" / "reconstruction.safetensors").read_bytes() == kept
+    assert json.loads((out / "training.json").read_text())["end_to_end"]["steps"] == 3
+    assert "end_to_end.steps 3 there, 2 here" in error_of(capsys, *command(place, out, *size, "--end-to-end", "2"))
+
+
+def test_folders_that_cannot_be_a_runs_are_named(place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    """Files in its place, and settings that cannot be read."""
+    (tmp_path / "file").touch()
+    assert f"{tmp_path / 'file'}: is a file; pass a folder" in error_of(capsys, *command(place, tmp_path / "file"))
+    (tmp_path / "odd" / "training.json").mkdir(parents=True)
+    assert "delete all of the folder to start over" in error_of(capsys, *command(place, tmp_path / "odd"))
+
+
+def test_a_draft_of_a_checkpoint_keeps_nothing(tmp_path: Path) -> None:
+    """As several processes leave it that were killed at their first one."""
+    write_settings(tmp_path, {"k": 4})
+    draft = tmp_path / "checkpoints" / "reconstruction" / "step-000000200.part"
+    draft.mkdir(parents=True)
+    (draft / "shard-00001.safetensors").touch()
+    assert to_write(tmp_path, {"k": 8}) == {"k": 8}
+    (draft / "state.json").touch()
+    draft.rename(draft.with_suffix(""))
+    with pytest.raises(InputError, match="k 4 there, 8 here"):
+        to_write(tmp_path, {"k": 8})
+
+
+def test_a_stopped_run_goes_on_with_a_cache(place: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Which gives the very bits of a run without one; and other data are named only where nothing else is other."""
+    out, size = tmp_path / "run", ("--tokens", "2560", "--checkpoint-every", "5")
+    assert main(command(place, tmp_path / "whole", *size)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("replacement.training.run.export", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(command(place, out, *size))
+    assert main(command(place, out, *size, "--cache", str(tmp_path / "activations"))) == 0
+    assert dictionaries_of(tmp_path / "whole") == dictionaries_of(out)
+    old = {"source": "a", "reconstruction": {"seed": 0}}
+    write_settings(tmp_path / "whole", old)
+    with pytest.raises(InputError, match=r"\(reconstruction.seed 0 there, 3 here\)"):
+        to_write(tmp_path / "whole", {"source": "b", "reconstruction": {"seed": 3}})
+    with pytest.raises(InputError, match="the data have changed since"):
+        to_write(tmp_path / "whole", {**old, "source": "b"})
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
 def test_who_stops_a_run_loses_no_step(number: signal.Signals, place: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -114,7 +176,10 @@ def test_who_stops_a_run_loses_no_step(number: signal.Signals, place: Path, tmp_
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main(command(place, whole, *more)) == 0
     line = [sys.executable, "-m", "circuits", *command(place, stopped, *more, "--checkpoint-every", "100000")]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background ignores SIGINT
+    )  # fmt: skip
     while process.poll() is None and not (stopped / "log.jsonl").exists():
         time.sleep(0.005)
     process.send_signal(number)

@@ -29,11 +29,6 @@ from replacement.training.source import Position
 from replacement.training.trainee import Trainee
 
 
-def has_checkpoint(path: Path) -> bool:
-    """Whether there is something to go on from, of one process or of several."""
-    return path.exists() or newest(path) is not None
-
-
 def write_checkpoint(
     path: Path,
     *,

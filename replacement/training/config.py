@@ -44,7 +44,7 @@ _BELONGS = {
 """Settings that say something under some values of another one alone: elsewhere they would be ignored in silence."""
 _NOT_NEGATIVE = (
     *("learning_rate", "warmup_steps", "kl_weight", "reconstruction_weight", "bridging_weight", "aux_weight"),
-    *("widen", "input_noise", "seed"),
+    *("widen", "input_noise"),
 )  # of the last stage
 START_TOKENS = 24_576
 """Tokens that features start from, and scales are estimated on."""
@@ -344,5 +344,7 @@ class EndToEndConfig(Settings):
         for name in ("other_share", "threshold_memory"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"EndToEndConfig({name}={getattr(self, name)}): needs a share in [0, 1]")
-        if list(self.layers) != sorted(set(self.layers)):
-            raise InputError(f"EndToEndConfig(layers={self.layers}): needs ascending layers, each once")
+        if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
+            raise InputError(f"EndToEndConfig(layers={self.layers}): needs ascending layers from 0, each once")
+        if not 0 <= self.seed < 1 << 31:
+            raise InputError(f"EndToEndConfig(seed={self.seed}): needs a whole number in 0..{(1 << 31) - 1}")

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from replacement.errors import InputError
 from replacement.substitution import Replacement
-from replacement.training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
+from replacement.training.checkpoint import read_checkpoint, write_checkpoint
 from replacement.training.coder import Coder
-from replacement.training.config import EndToEndConfig
+from replacement.training.config import EndToEndConfig, TrainingConfig
 from replacement.training.parallel import Axis
 from replacement.training.report import Clock, Listener, Record
+from replacement.training.sharded_checkpoint import has_checkpoint
 from replacement.training.source import Activations
 from replacement.training.trainee import Trainee, l0, unexplained
 from replacement.training.watching import watched
@@ -170,7 +171,9 @@ def train_end_to_end(
     batch: documents by number; step n uses batch n. checkpoint, checkpoint_every, stop_after, listeners: as in `train`.
     Several processes, those of the trainee's mesh, share the documents of a batch.
     """
-    mesh, chosen = trainee.mesh, _chosen(trainee, config)
+    mesh, layers = trainee.mesh, tuple(coder.layer for coder in trainee)
+    require_fitting(config, trainee.config, layers, mesh.data.size)
+    chosen = config.layers or layers
     trainee.requires_grad_(False)
     for coder in trainee:
         if coder.layer in chosen:
@@ -203,20 +206,22 @@ def train_end_to_end(
     trainee.use(mesh)
 
 
-def _chosen(trainee: Trainee, config: EndToEndConfig) -> tuple[int, ...]:
-    """Layers that learn; raises `InputError` for settings that the dictionaries or the processes do not fit."""
-    layers = tuple(coder.layer for coder in trainee)
-    chosen = config.layers or layers
-    if not set(chosen) <= set(layers) or (config.k or 0) > min(trainee.config.widths):
+def require_fitting(config: EndToEndConfig, training: TrainingConfig, layers: Sequence[int], processes: int) -> None:
+    """Raise `InputError` for what dictionaries of these layers, or processes that share a batch, do not fit."""
+    if not set(config.layers) <= set(layers) or (config.k or 0) > min(training.widths):
         raise InputError(
-            f"train_end_to_end(layers={config.layers}, k={config.k}): the dictionaries read layers {layers} and have "
-            f"{trainee.config.n_features} features"
+            f"train_end_to_end(layers={config.layers}, k={config.k}): the dictionaries read layers {tuple(layers)} and "
+            f"have {training.n_features} features"
         )
-    if config.documents % (processes := trainee.mesh.data.size):
+    if config.documents % processes:
         raise InputError(
             f"train_end_to_end(documents={config.documents}): {processes} processes share a batch; pass a multiple"
         )
-    return chosen
+    if training.sparsity != "batchtopk" and config.threshold_memory != EndToEndConfig.threshold_memory:
+        raise InputError(
+            f"train_end_to_end(threshold_memory={config.threshold_memory}): belongs to sparsity='batchtopk'; leave it "
+            "out"
+        )
 
 
 def _update(

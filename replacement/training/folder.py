@@ -15,10 +15,18 @@ from filelock import FileLock, Timeout
 
 from replacement.errors import InputError
 from replacement.formats.drafts import write_whole
+from replacement.training.sharded_checkpoint import has_checkpoint
 
 SETTINGS, LOCK = "training.json", ".lock"
+STAGES = "reconstruction", "end_to_end"
+LAST_STAGE = STAGES[-1]
 ADJUSTABLE = ("learning_rate",)
 """Settings of a stage that a stopped run may go on with at another value: what it has trained fits them all."""
+
+
+def checkpoint_of(out: Path, stage: str) -> Path:
+    """Where a stage keeps what it goes on from."""
+    return out / "checkpoints" / f"{stage}.safetensors"
 
 
 @contextmanager
@@ -48,10 +56,13 @@ def held(out: Path, *, by_this: bool) -> Iterator[None]:
 def to_write(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `write_settings` is to put into a folder before a run begins or goes on there; None where it is there.
 
-    A run that was stopped before it kept anything has not begun, whatever its settings were. One that goes on with an
-    adjusted setting keeps the earlier value under `earlier`. Raises `InputError` where the folder is another's.
+    A run that was stopped before it kept anything has not begun, whatever its settings were, and nor has a last stage.
+    One that goes on with an adjusted setting keeps the earlier value under `earlier`. Raises `InputError` where the
+    folder is another's.
     """
     path, wanted = out / SETTINGS, json.loads(json.dumps(settings))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; pass a folder")
     if not path.exists():
         if out.exists() and any(not one.name.startswith(".") for one in out.iterdir()):
             raise InputError(f"{out}: is not empty and holds no {SETTINGS}; pass a new folder")
@@ -59,17 +70,27 @@ def to_write(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         earlier = stored.pop("earlier", [])
-    except (ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path}: not readable JSON ({error}); delete it to start over") from error
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{path}: not readable JSON ({error}); put it back, or delete all of the folder to start over"
+        ) from error
     differ = differences(stored, wanted)
     if not differ:
         return None
-    finished, begun = (out / "config.json").exists(), any((out / "checkpoints").rglob("*.safetensors"))
-    if not (finished or begun):
+    finished = (out / "config.json").exists()
+    begun = {stage: has_checkpoint(checkpoint_of(out, stage)) for stage in STAGES}
+    if not (finished or any(begun.values())):
         return wanted
-    if wrong := [words for name, words in differ.items() if finished or name.rpartition(".")[2] not in ADJUSTABLE]:
-        raise InputError(f"{out}: holds a run with other settings ({'; '.join(wrong[:3])}); pass another folder")
-    return {**wanted, "earlier": [*earlier, *differ.values()]}
+    if not (finished or begun[LAST_STAGE]):
+        differ = {name: words for name, words in differ.items() if name.partition(".")[0] != LAST_STAGE}
+    wrong = {name: words for name, words in differ.items() if finished or name.rpartition(".")[2] not in ADJUSTABLE}
+    if wrong:
+        if len(wrong) > 1:
+            wrong.pop("source", None)  # other settings may well be why
+        raise InputError(
+            f"{out}: holds a run with other settings ({'; '.join([*wrong.values()][:3])}); pass another folder"
+        )
+    return {**wanted, **({"earlier": [*earlier, *differ.values()]} if earlier or differ else {})}
 
 
 def write_settings(out: Path, settings: Mapping[str, Any]) -> None:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from replacement.errors import InputError
-from replacement.training.checkpoint import has_checkpoint, read_checkpoint, write_checkpoint
+from replacement.training.checkpoint import read_checkpoint, write_checkpoint
 from replacement.training.config import START_TOKENS, TrainingConfig
 from replacement.training.kinds import Plan
 from replacement.training.parallel import ALONE, Mesh
 from replacement.training.report import Clock, Listener, Record
+from replacement.training.sharded_checkpoint import has_checkpoint
 from replacement.training.source import ActivationSource, Stream
 from replacement.training.trainee import Losses, Trainee
 from replacement.training.watching import watched

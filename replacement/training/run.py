@@ -37,9 +37,9 @@ from replacement.training.data import (
     open_tokens,
 )
 from replacement.training.data.cache import CacheIndex
-from replacement.training.end_to_end import TokenBatch, train_end_to_end
+from replacement.training.end_to_end import TokenBatch, require_fitting, train_end_to_end
 from replacement.training.export import export
-from replacement.training.kinds import plans, site_of, sites
+from replacement.training.kinds import Plan, plans, site_of, sites
 from replacement.training.pairs import require_comparable
 from replacement.training.parallel import ALONE, Mesh
 from replacement.training.reconstruction import train
@@ -105,11 +105,12 @@ def run(
     bridges = _bridges(bridge, end_to_end)
     bridge = next(iter(bridges.values()))
     planned = plans(config, min(len(one.blocks) for one in bridges.values()), models=tuple(filter(None, bridges)))
+    _require(config, end_to_end, planned, checkpoint_every, mesh)
     context = min([context, *(int(one.cfg.n_ctx) for one in bridges.values())])
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
     live = _source(bridges, tokens, sites(planned), documents, is_cached=cache is not None)
     rest = {"model": model, "data": data, "text_field": text_field, "context": context, "documents": documents}
-    settings = _settings(config, end_to_end, bridge, **rest, activations=cache_dtype, source=live.fingerprint)
+    settings = _settings(config, end_to_end, bridge, **rest, activations=cache_dtype, source=live.origin)
     folder.to_write(out, settings)
     fill = _opened(live, cache, cache_dtype, model)
     mesh.wait()  # all have looked at the folder
@@ -119,18 +120,33 @@ def run(
         listeners: list[Listener] = [JSONLog(out / "log.jsonl"), last := _Last()]
         listeners += [dashboard(name, out, settings) for name in (dashboards if mesh.is_first else ())]
         watched: Any = {"checkpoint_every": checkpoint_every, "listeners": listeners, "show_progress": show_progress}
-        checkpoint = out / "checkpoints" / "reconstruction.safetensors"
+        checkpoint = folder.checkpoint_of(out, "reconstruction")
         source = fill(config=config, show_progress=show_progress, mesh=mesh)
         where: Any = {"mesh": mesh, "device": next(bridge.parameters()).device}
         trainee = train(source, planned, config=config, checkpoint=checkpoint, **where, **watched)
         if end_to_end is not None:
-            replaceable, checkpoint = ReplaceableBridge(bridge, sites(planned)), checkpoint.with_stem("end_to_end")
+            replaceable, checkpoint = ReplaceableBridge(bridge, sites(planned)), folder.checkpoint_of(out, "end_to_end")
             batch = partial(_batch, replaceable, tokens, end_to_end.documents)
             train_end_to_end(replaceable, trainee, batch, config=end_to_end, checkpoint=checkpoint, **watched)
         export(trainee, out, metadata=folder.read_settings(out))
     index = source.index if isinstance(source, CachedActivations) else None
     written = tuple(dict.fromkeys(site_of(name) for name in trainee.written))
     return Finished(out, written, last.records.get("reconstruction"), last.records.get("end to end"), index)
+
+
+def _require(
+    config: TrainingConfig, last: EndToEndConfig | None, planned: Sequence[Plan], every: int, mesh: Mesh
+) -> None:
+    """Raise `InputError` for what would be refused later, when there is work to lose."""
+    processes = mesh.data.size
+    if every < 1:
+        raise InputError(f"run(checkpoint_every={every}): needs at least 1")
+    if config.batch_tokens % processes:
+        raise InputError(
+            f"run(batch_tokens={config.batch_tokens}): {processes} processes share a batch; pass a multiple"
+        )
+    if last is not None:
+        require_fitting(last, config, [plan.layer for plan in planned], processes)
 
 
 def _bridges(bridge: Any, end_to_end: EndToEndConfig | None) -> dict[str, Any]:

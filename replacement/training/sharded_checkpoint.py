@@ -45,6 +45,11 @@ def newest(path: Path) -> Path | None:
     return max(found, default=None)
 
 
+def has_checkpoint(path: Path) -> bool:
+    """Whether there is something to go on from, of one process or of several."""
+    return path.exists() or newest(path) is not None
+
+
 def write_parts(path: Path, parts: Mapping[str, Part], *, metadata: Mapping[str, str], step: int, mesh: Mesh) -> None:
     """Store all parts of a step; all processes call this. Raises OSError or `dcp.api.CheckpointException`."""
     whole = folder_of(path) / f"step-{step:09d}"

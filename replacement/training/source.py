@@ -7,7 +7,7 @@ whoever has one writes a source.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -41,19 +41,32 @@ class Position(NamedTuple):
 
 SPARE = 1.1
 """Tokens that a buffer holds of those that a whole run reads, where it could hold more: batches differ in size."""
+_LONGER = 9 / 8
+"""A source batch may have so many times the tokens of the first; what it has beyond is left out."""
 
 
-def batches_in(buffer_bytes: int, first: Activations, *, tokens: int | None = None) -> int:
+class Block(NamedTuple):
+    """What one buffer holds."""
+
+    batches: int  #: of the source
+    most: int  #: tokens of any of them
+
+    def tokens(self, sizes: Iterable[int]) -> int:
+        """Tokens that are held of batches of these sizes."""
+        return sum(min(size, self.most) for size in sizes)
+
+
+def block_of(buffer_bytes: int, first: Activations, *, tokens: int | None = None) -> Block:
     """How many source batches one buffer holds, counted by the size of the first of them.
 
     tokens: that will be read; no more than these are harvested at once.
     """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in first.values())
-    fit = max(1, buffer_bytes // max(1, size))
-    if tokens is None:
-        return fit
-    each = max(1, len(next(iter(first.values()))))
-    return min(fit, math.ceil(SPARE * tokens / each))
+    usual = max(1, len(next(iter(first.values()))))
+    width = sum(tensor.numel() * tensor.element_size() for tensor in first.values()) // usual
+    room = buffer_bytes // max(1, width)
+    fit = max(1, room // usual)
+    batches = fit if tokens is None else min(fit, math.ceil(SPARE * tokens / usual))
+    return Block(batches, max(usual, min(room // batches, int(_LONGER * usual))))
 
 
 class Stream:
@@ -61,8 +74,9 @@ class Stream:
 
     The buffer holds as many source batches as fit `buffer_bytes` (at least one, and no more than hold the `tokens` that
     will be read), is shuffled across all their sequences, and is read to its end before the next one is loaded; what
-    does not fill a batch is left out. Batches are copied into it as they come. What comes next is a function of source,
-    sizes, seed and position.
+    does not fill a batch is left out, and so is what would not fit: the last tokens of a source batch that is longer
+    than the first. Batches are copied into it as they come. What comes next is a function of source, sizes, seed and
+    position.
 
     Several processes harvest a buffer together, each its share of the source's batches, hold it together, each the
     tokens that it sees, and are served their shares of the batches that one process would be served.
@@ -87,8 +101,7 @@ class Stream:
         self.source, self.batch_tokens, self.seed, self.mesh, self.device = source, batch_tokens, seed, mesh, device
         first = source.batch(0)
         self._like = {name: tensor[:0].cpu() for name, tensor in first.items()}
-        self._usual = len(next(iter(first.values())))  # tokens of a source batch
-        self.block_batches = batches_in(buffer_bytes, first, tokens=tokens)  #: source batches of one buffer
+        self.block = block_of(buffer_bytes, first, tokens=tokens)  #: what one buffer holds
         self.position = Position()
         self._loaded = -1
         self._content: dict[str, Tensor] = {}
@@ -125,15 +138,19 @@ class Stream:
             return
         self._content = {}  # before anything of the next one is there
         world = self.mesh.world
-        sizes = torch.zeros(self.block_batches, dtype=torch.long)
-        own = range(world.place, self.block_batches, world.size)
-        pool = {name: _Growing(like, len(own) * self._usual) for name, like in self._like.items()}
+        n_batches, most = self.block
+        sizes = torch.zeros(n_batches, dtype=torch.long)
+        own = range(world.place, n_batches, world.size)
+        pool = {name: like.new_empty(len(own) * most, *like.shape[1:]) for name, like in self._like.items()}
+        filled = 0
         for i in own:
-            batch = self.source.batch(block * self.block_batches + i)
-            sizes[i] = len(next(iter(batch.values())))
+            batch = self.source.batch(block * n_batches + i)
+            sizes[i] = min(most, len(next(iter(batch.values()))))
+            end = filled + int(sizes[i])
             for name, rows in pool.items():
-                rows.add(batch[name])
-        self._content = {name: rows.whole() for name, rows in pool.items()}
+                rows[filled:end].copy_(batch[name][:most])
+            filled = end
+        self._content = {name: rows[:filled] for name, rows in pool.items()}
         del pool
         sizes = world.total(sizes)
         self._tokens = int(sizes.sum())
@@ -145,25 +162,8 @@ class Stream:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + block)
         self._order, self._loaded = torch.randperm(self._tokens, generator=generator), block
         if world.size > 1:
-            holder = torch.arange(self.block_batches).repeat_interleave(sizes) % world.size
+            holder = torch.arange(n_batches).repeat_interleave(sizes) % world.size
             exchange = Exchange(holder, self._order, self.mesh)
             for name in self._content:  # one site's old tokens and new at a time
                 self._content[name] = exchange(self._content[name])
             self._order = torch.arange(len(next(iter(self._content.values()))))
-
-
-class _Growing:
-    """Rows that are added one after another to a tensor that has room for as many as are expected, or makes it."""
-
-    def __init__(self, like: Tensor, room: int) -> None:
-        self.rows, self.filled = like.new_empty(room, *like.shape[1:]), 0
-
-    def add(self, rows: Tensor) -> None:
-        end = self.filled + len(rows)
-        if end > len(self.rows):
-            self.rows.resize_(max(end, len(self.rows) * 9 // 8), *self.rows.shape[1:])
-        self.rows[self.filled : end].copy_(rows)
-        self.filled = end
-
-    def whole(self) -> Tensor:
-        return self.rows[: self.filled]

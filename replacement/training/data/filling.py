@@ -14,7 +14,7 @@ from replacement.training.config import TrainingConfig
 from replacement.training.data.cache import CachedActivations, CacheIndex, read_index, write_activations
 from replacement.training.parallel import ALONE, Mesh
 from replacement.training.progress import progress_bar
-from replacement.training.source import ActivationSource, batches_in
+from replacement.training.source import ActivationSource, block_of
 
 
 def fill_cache(
@@ -34,7 +34,7 @@ def fill_cache(
     """
     dtype = torch.bfloat16 if held.dtype == "bfloat16" else torch.float32  # as exact as what is stored, and no wider
     first = CachedActivations(folder, dtype=dtype).batch(0) if held.batches else source.batch(0)
-    block = batches_in(config.buffer_bytes, {site: x.to(dtype) for site, x in first.items()}, tokens=config.tokens_read)
+    block = block_of(config.buffer_bytes, {site: x.to(dtype) for site, x in first.items()}, tokens=config.tokens_read)
     write = partial(write_activations, source, folder, model=held.model, fingerprint=held.fingerprint, dtype=held.dtype)
     mesh.wait()  # all have looked at the folder
     with progress_bar(show=show_progress and mesh.is_first and held.tokens < config.tokens) as bar:
@@ -43,10 +43,10 @@ def fill_cache(
         while steps <= config.steps:  # one batch more than it learns from, to calibrate on
             blocks += 1
             if mesh.is_first:
-                write(batches=blocks * block, report=lambda index: bar.update(task, completed=index.tokens))
+                write(batches=blocks * block.batches, report=lambda index: bar.update(task, completed=index.tokens))
             mesh.wait()
             sizes = [tokens for shard in read_index(folder).shards for tokens in shard]
-            here = sum(sizes[(blocks - 1) * block : blocks * block]) // config.batch_tokens
+            here = block.tokens(sizes[(blocks - 1) * block.batches : blocks * block.batches]) // config.batch_tokens
             if not here:
                 break  # the run says what is wrong
             steps += here

@@ -108,13 +108,21 @@ class BridgeActivations:
     @property
     def fingerprint(self) -> str:
         """Changes whenever the activations do: a hash of the model's weights (sampled), tokens, sites and filters."""
+        return self._digest(str(self.dtype))
+
+    @property
+    def origin(self) -> str:
+        """The same, whatever the precision that they are given in."""
+        return self._digest()
+
+    def _digest(self, *more: str) -> str:
         digest = hashlib.sha256()
         for name, parameter in self.bridge.named_parameters():
             flat = parameter.detach().flatten()
             sample = flat[:: max(1, flat.numel() // _SAMPLES)].double().cpu()
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode() + sample.numpy().tobytes())
         filters = (self.drop_bos, self.drop_norm)
-        settings = (self.tokens.fingerprint, self.sites, self.documents, filters, str(self.dtype))
+        settings = (self.tokens.fingerprint, self.sites, self.documents, filters, *more)
         digest.update(json.dumps(settings).encode())
         return digest.hexdigest()
 
@@ -168,8 +176,16 @@ class JointActivations:
     @property
     def fingerprint(self) -> str:
         """Changes whenever any model's activations do."""
-        every = json.dumps([[name, part.fingerprint] for name, part in self.parts.items()])
-        return hashlib.sha256(every.encode()).hexdigest()
+        return _hash_of([[name, part.fingerprint] for name, part in self.parts.items()])
+
+    @property
+    def origin(self) -> str:
+        """The same, whatever the precision that they are given in."""
+        return _hash_of([[name, part.origin] for name, part in self.parts.items()])
+
+
+def _hash_of(words: Sequence[Sequence[str]]) -> str:
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
 
 
 def _count(counts: TokenCounts, harvest: Harvest, tokens: TokenSource, index: int) -> TokenCounts:
