@@ -1,7 +1,11 @@
 """The end-to-end stage: the model with all its sites replaced learns the original's next-token distribution.
 
-Low reconstruction error is not enough: answers hang on small directions, and errors add up over layers. Knows a model
-only as two functions of tokens; whoever has one provides them.
+Low reconstruction error is not enough: answers hang on small directions, and errors add up over layers. k is held where
+the dictionaries read, on the replaced model's stream, which may be simpler than the original's: on the latter more
+features fire. Of k 8, atlas's transcoders have 7.6 to 8.2 there; SAEs of its stream, which read what others wrote, 7.4
+to 15.8, the later the more.
+
+Knows a model only as two functions of tokens; whoever has one provides them.
 """
 
 from __future__ import annotations
@@ -163,10 +167,6 @@ def train_end_to_end(
     from the replaced model's own stream, y'' from the original's: y - y'' is what error nodes hold. Gated dictionaries
     add the same of what their gates alone write. A crosscoder reads layers beyond those that it writes, and so the
     original's activations.
-
-    k is held where the dictionaries read, on the replaced model's stream, which may be simpler than the original's: on
-    the latter more features fire. Of k 8, atlas's transcoders have 7.6 to 8.2 there; SAEs of its stream, which read
-    what others wrote, 7.4 to 15.8, the later the more.
 
     batch: documents by number; step n uses batch n. checkpoint, checkpoint_every, stop_after, listeners: as in `train`.
     Several processes, those of the trainee's mesh, share the documents of a batch.
