@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 
 from replacement.errors import InputError
+from replacement.formats import drafts
 from replacement.training.report import JSONLog, Record, dashboard
 
 FIGURES = {"loss": 0.5, "fvu": 0.25, "l0": 16.0, "dead": 0.125, "learning_rate": 1e-3, "seconds": 2.0, "tokens": 40}
@@ -98,3 +101,20 @@ def test_a_log_of_other_bytes_is_read_as_far_as_it_can_be(tmp_path: Path) -> Non
     path.write_bytes(b'{"stage": "reconstruction", "step": 1}\n7\n{"stage": "recon\xff\xfe\n')
     JSONLog(path)(record(2))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_log_on_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch) -> None:
+    """Also where a run goes on, which writes the log anew: the old one stays, and nothing lies beside it."""
+    path = tmp_path / "log.jsonl"
+    lines = "".join(json.dumps({"stage": "reconstruction", "step": step}) + "\n" for step in (1, 3))
+    path.write_text(lines)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(drafts.os, "fsync", full)
+    with pytest.raises(
+        InputError, match=r"log\.jsonl: cannot be written \(No space left on device\); make room and go"
+    ):
+        JSONLog(path)(record(2))
+    assert path.read_text() == lines and list(tmp_path.iterdir()) == [path]
