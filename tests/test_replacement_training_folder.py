@@ -18,6 +18,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from circuits.cli import main
 from replacement.errors import InputError
+from replacement.training.checkpoint import has_checkpoint
 from replacement.training.folder import differences
 from tests.test_circuits_train import command, dictionaries_of, place  # noqa: F401 - the fixture of a model and a text
 from tests.test_replacement_training import ToyMLPs, toy_config, trained
@@ -172,6 +173,20 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path, 
     with pytest.raises(InputError, match=r"is not finite after step 3; lower learning_rate and go on"):
         trained(ToyMLPs(), toy_config(), checkpoint=path, stop_after=3)
     assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to nowhere", "a link to itself"])
+def test_a_place_that_takes_no_checkpoint_is_told_in_one_line(what: str, tmp_path: Path) -> None:
+    """Looking for one there finds none, and clearing up after writing adds no mistake of its own."""
+    folder = tmp_path / "checkpoints"
+    if what == "a file":
+        folder.touch()
+    else:
+        folder.symlink_to(folder if what == "a link to itself" else tmp_path / "nowhere" / "x")
+    path = folder / "run.safetensors"
+    assert not has_checkpoint(path)
+    with pytest.raises(InputError, match=r"run\.safetensors\): cannot be written \(.+\); make room and go on"):
+        trained(ToyMLPs(), toy_config(), checkpoint=path, stop_after=1)
 
 
 def test_differences_are_named_with_their_stage() -> None:
