@@ -22,6 +22,7 @@ from replacement.training.checkpoint import has_checkpoint
 from replacement.training.folder import differences
 from tests.test_circuits_train import command, dictionaries_of, place  # noqa: F401 - the fixture of a model and a text
 from tests.test_replacement_training import ToyMLPs, toy_config, trained
+from tests.tiny import PROMPT
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +89,21 @@ def test_a_stopped_run_goes_on_at_another_learning_rate(place: Path, tmp_path: P
     assert stored["earlier"] == ["reconstruction.learning_rate 0.002 there, 0.001 here"]
     assert stored["reconstruction"]["learning_rate"] == 1e-3
     assert json.loads((out / "config.json").read_text())["metadata"] == stored
+
+
+def test_dictionaries_of_a_run_that_is_not_finished_are_refused(place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    """As what they are, by every command that reads them: the folder is no damaged one, nor of a foreign format."""
+    out, usual = tmp_path / "run", ("--tokens", "256")
+    assert main(command(place, out, *usual)) == 0
+    for path in [out / "config.json", *out.glob("layer_*")]:  # as if it had stopped at the last checkpoint
+        path.unlink()
+    found = ["--model", str(place / "model"), "--dictionaries", str(out)]
+    evaluate = ["eval", "--data", str(place / "text.txt"), "--context", "16", *found]
+    for given in (evaluate, ["trace", PROMPT, *found, "-o", str(tmp_path / "graph")]):
+        line = error_of(capsys, *given)
+        assert "holds a training run that is not finished; give its command again (`circuits train ...`)\n" in line
+    assert main(command(place, out, *usual)) == 0
+    assert main([*evaluate, "--tokens", "64", "--measure", "reconstruction"]) == 0
 
 
 @pytest.mark.parametrize("what", ["data", "model"])
