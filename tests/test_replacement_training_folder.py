@@ -145,6 +145,25 @@ def test_who_stops_a_run_loses_no_step(number: signal.Signals, place: Path, tmp_
     assert dictionaries_of(stopped) == dictionaries_of(whole)
 
 
+@pytest.mark.parametrize("stage", ["train", "train_end_to_end"])
+def test_ctrl_c_says_whether_anything_is_kept(stage: str, place: Path, tmp_path: Path, capsys, monkeypatch) -> None:  # noqa: F811
+    """Nothing is before the first checkpoint; a stage that is done stays when the next one has kept nothing."""
+    out, usual = tmp_path / "run", ("--tokens", "256", "--end-to-end", "2")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(f"replacement.training.run.{stage}", stop)
+        assert main(command(place, out, *usual)) == 130
+    said = {
+        "train": f"no step is kept in {out} yet; the same command begins anew\n",
+        "train_end_to_end": f"what was kept before is still there, in {out}; the same command goes on\n",
+    }
+    assert capsys.readouterr().err.endswith(f"circuits: interrupted; {said[stage]}")
+    assert main(command(place, out, *usual)) == 0
+
+
 def _cut_moments(tensors: dict[str, torch.Tensor]) -> None:
     name = next(name for name, tensor in tensors.items() if name.startswith("optimizer.") and tensor.ndim == 2)
     tensors[name] = tensors[name][:3].clone()

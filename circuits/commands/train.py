@@ -26,6 +26,8 @@ FLAGS = {"n_features": "--features"}
 """Fields whose flag is not their own name."""
 LAST_FLAGS = {"bridging_weight": "--bridging-weight"}
 """The same of the last stage, whose other flags begin with `--end-to-end-`."""
+STAGES = ("reconstruction", "end_to_end")
+"""What a run's checkpoints are called."""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +146,10 @@ def _kept(out: Path) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         if not (out / "training.json").exists():
             raise
+        from replacement.training.checkpoint import has_checkpoint
+
+        if not any(has_checkpoint(out / "checkpoints" / f"{stage}.safetensors") for stage in STAGES):
+            raise KeyboardInterrupt(f"no step is kept in {out} yet; the same command begins anew") from stop
         kept = str(stop) or "what was kept before is still there"
         raise KeyboardInterrupt(f"{kept}, in {out}; the same command goes on") from stop
 
