@@ -36,6 +36,7 @@ class Record(NamedTuple):
 
 
 Listener = Callable[[Record], None]
+_LONG = "KL 0.1234  FVU 0.1234  L0 100.0  dead 0.1%  123,456 tok/s"  #: a long figure of a progress bar
 DASHBOARDS = ("tensorboard", "wandb", "trackio")
 
 
@@ -122,7 +123,7 @@ def _numbers(record: Record) -> dict[str, float]:
 @contextmanager
 def bar_listener(stage: str, *, done: int, steps: int, show: bool) -> Iterator[Listener]:
     """A listener that moves a progress bar on stderr."""
-    with progress_bar(show=show) as bar:
+    with progress_bar(show=show, figure_width=len(_LONG)) as bar:
         task = bar.add_task(stage, total=steps, completed=done, figure="")
 
         def move(record: Record) -> None:
