@@ -33,7 +33,10 @@ def source(module: str) -> Path:
     spec = find_spec(top)
     if spec is None or spec.origin is None:
         raise LookupError(f"no module {module}")
-    path = Path(spec.origin).parent.joinpath(*rest).with_suffix(".py") if rest else Path(spec.origin)
+    path = Path(spec.origin)
+    if rest:
+        path = path.parent.joinpath(*rest)
+        path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     if not path.is_file():
         raise LookupError(f"no module {module}")
     return path

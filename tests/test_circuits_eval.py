@@ -3,6 +3,7 @@ line."""
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import shutil
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from circuits import attribute, cli
 from circuits.commands.eval import SHOWN
+from circuits.defaults import default
 from circuits.display_eval import tables
 from circuits.labels import read_labels
 from circuits.measures import MEASURES
@@ -231,6 +233,13 @@ def test_a_mistake_is_one_line(place: Path, capsys: pytest.CaptureFixture[str], 
 def test_the_command_knows_every_measure() -> None:
     """The command names them without importing torch."""
     assert set(SHOWN) <= set(MEASURES)
+
+
+def test_the_text_field_is_the_librarys() -> None:
+    """Its default stands in a package's own file."""
+    found = vars(cli.parser().parse_args(["eval"]))["text_field"]
+    assert found == inspect.signature(open_tokens).parameters["text_field"].default
+    assert found == default("replacement.training.data:open_tokens", "text_field")
 
 
 def test_without_matplotlib_plots_are_one_clear_line(

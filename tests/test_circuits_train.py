@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -68,6 +69,32 @@ def test_every_kind_is_trained_by_one_command(kind: str, place: Path, tmp_path: 
         traced = ["trace", PROMPT, "--model", str(place / "model"), "--dictionaries", str(out)]
         assert main([*traced, "-o", str(tmp_path / "graph"), "--format", "json"]) == 0
         assert main(command(place, out, "--kind", kind, "--tokens", "12800", "--end-to-end", "3")) == 0  # done already
+
+
+def test_the_next_commands_that_a_run_prints_work(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Spaces in names, texts under another field and another context: evaluation reads what training read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text, out = tmp_path / "two words.jsonl", tmp_path / "a run"
+    documents = (place / "text.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    text.write_text("".join(json.dumps({"body": one}) + "\n" for one in documents))
+    given = ("--data", str(text), "--tokens", "256")
+    assert main(command(place, out, *given)) == 2
+    assert "its fields: body; pass one of them as text_field (--text-field)\n" in capsys.readouterr().err
+    assert main(command(place, out, *given, "--text-field", "body")) == 0
+    printed = capsys.readouterr().out.partition("\nnext")[2]
+    (_, *evaluate), (_, *trace) = (shlex.split(line) for line in printed.splitlines())
+    assert main([*evaluate, "--tokens", "64", "--measure", "reconstruction", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["settings"]
+    assert found | {"data": str(text), "text_field": "body", "context": 16} == found
+    assert trace[1] == "..."
+    assert main([trace[0], PROMPT, *trace[2:], "-o", str(tmp_path / "graph"), "--format", "json"]) == 0
+
+
+def test_defaults_are_not_repeated_in_the_next_commands(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(command(place, tmp_path / "run", "--tokens", "256", "--context", "128")) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if " eval " in line)
+    assert "--context" not in line and "--text-field" not in line
 
 
 @pytest.mark.parametrize("kind", ["skip_transcoder", "clt"])

@@ -101,7 +101,7 @@ def test_a_wrong_encoding_is_told_with_its_byte(tmp_path: Path, monkeypatch: pyt
     [
         (b'{"text": "a"', "line 2: is not JSON .*; each line needs one JSON object with a field 'text'"),
         (b'["a"]', "line 2: needs a JSON object with a field 'text', got a list"),
-        (b'{"story": "a"}', "line 2: has no field 'text'; its fields: story; pass one of them as text_field"),
+        (b'{"story": "a"}', r"no field 'text'; its fields: story; pass one of them as text_field \(--text-field\)"),
         (b'{"text": 3}', "line 2: field 'text' needs a string, got a int"),
         (b'{"text": "\xff"}', "line 2: is not UTF-8 text at byte 27; convert it"),
     ],

@@ -187,6 +187,27 @@ def test_activations_that_are_not_finite_are_told_with_site_and_batch(bridge):
         source.batch(5)
 
 
+def test_norms_without_a_median_are_told_with_stream_and_batch(bridge):
+    """Nothing is above NaN: the site itself is finite, and every token of very high norm would stay in."""
+    model, site = bridge("llama"), "blocks.1.mlp.hook_in"
+    with torch.no_grad():
+        model.blocks[1].mlp.out.weight.fill_(float("nan"))
+    with pytest.raises(InputError, match=r"norms of blocks\.1\.hook_resid_post, batch 5: are not finite"):
+        BridgeActivations(model, Fixed(), sites=[site], documents=2).batch(5)
+    assert BridgeActivations(model, Fixed(), sites=[site], documents=2, drop_norm=None).batch(5)[site].isfinite().all()
+
+
+def test_a_token_whose_norm_overflows_is_left_out_like_any_of_high_norm(bridge):
+    """Its values are finite, their squares are not."""
+    model, site = bridge("llama"), "blocks.1.mlp.hook_in"
+    ids = Fixed().batch(0, 4)
+    with torch.no_grad():
+        model.embed.weight[int(ids[2, 8])] = 1e30
+    source = BridgeActivations(model, Fixed(), sites=[site], documents=4)
+    source.batch(0)
+    assert source.counts.high_norm == int((ids == ids[2, 8]).sum())
+
+
 def test_a_batch_with_no_token_left_is_told(bridge):
     class Empty(Fixed):
         def batch(self, index: int, documents: int) -> torch.Tensor:

@@ -19,8 +19,10 @@ from safetensors.torch import load_file, safe_open, save_file
 from circuits.cli import main
 from replacement.errors import InputError
 from replacement.training.folder import differences, to_write, write_settings
+from replacement.training.sharded_checkpoint import has_checkpoint
 from tests.test_circuits_train import command, dictionaries_of, place  # noqa: F401 - the fixture of a model and a text
 from tests.test_replacement_training import ToyMLPs, toy_config, trained
+from tests.tiny import PROMPT
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +89,21 @@ def test_a_stopped_run_goes_on_at_another_learning_rate(place: Path, tmp_path: P
     assert stored["earlier"] == ["reconstruction.learning_rate 0.002 there, 0.001 here"]
     assert stored["reconstruction"]["learning_rate"] == 1e-3
     assert json.loads((out / "config.json").read_text())["metadata"] == stored
+
+
+def test_dictionaries_of_a_run_that_is_not_finished_are_refused(place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    """As what they are, by every command that reads them: the folder is no damaged one, nor of a foreign format."""
+    out, usual = tmp_path / "run", ("--tokens", "256")
+    assert main(command(place, out, *usual)) == 0
+    for path in [out / "config.json", *out.glob("layer_*")]:  # as if it had stopped at the last checkpoint
+        path.unlink()
+    found = ["--model", str(place / "model"), "--dictionaries", str(out)]
+    evaluate = ["eval", "--data", str(place / "text.txt"), "--context", "16", *found]
+    for given in (evaluate, ["trace", PROMPT, *found, "-o", str(tmp_path / "graph")]):
+        line = error_of(capsys, *given)
+        assert "holds a training run that is not finished; give its command again (`circuits train ...`)\n" in line
+    assert main(command(place, out, *usual)) == 0
+    assert main([*evaluate, "--tokens", "64", "--measure", "reconstruction"]) == 0
 
 
 @pytest.mark.parametrize("what", ["data", "model"])
@@ -193,6 +210,25 @@ def test_who_stops_a_run_loses_no_step(number: signal.Signals, place: Path, tmp_
     assert dictionaries_of(stopped) == dictionaries_of(whole)
 
 
+@pytest.mark.parametrize("stage", ["train", "train_end_to_end"])
+def test_ctrl_c_says_whether_anything_is_kept(stage: str, place: Path, tmp_path: Path, capsys, monkeypatch) -> None:  # noqa: F811
+    """Nothing is before the first checkpoint; a stage that is done stays when the next one has kept nothing."""
+    out, usual = tmp_path / "run", ("--tokens", "256", "--end-to-end", "2")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(f"replacement.training.run.{stage}", stop)
+        assert main(command(place, out, *usual)) == 130
+    said = {
+        "train": f"no step is kept in {out} yet; the same command begins anew\n",
+        "train_end_to_end": f"what was kept before is still there, in {out}; the same command goes on\n",
+    }
+    assert capsys.readouterr().err.endswith(f"circuits: interrupted; {said[stage]}")
+    assert main(command(place, out, *usual)) == 0
+
+
 def _cut_moments(tensors: dict[str, torch.Tensor]) -> None:
     name = next(name for name, tensor in tensors.items() if name.startswith("optimizer.") and tensor.ndim == 2)
     tensors[name] = tensors[name][:3].clone()
@@ -237,6 +273,20 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path, 
     with pytest.raises(InputError, match=r"is not finite after step 3; lower learning_rate and go on"):
         trained(ToyMLPs(), toy_config(), checkpoint=path, stop_after=3)
     assert path.read_bytes() == kept
+
+
+@pytest.mark.parametrize("what", ["a file", "a link to nowhere", "a link to itself"])
+def test_a_place_that_takes_no_checkpoint_is_told_in_one_line(what: str, tmp_path: Path) -> None:
+    """Looking for one there finds none, and clearing up after writing adds no mistake of its own."""
+    folder = tmp_path / "checkpoints"
+    if what == "a file":
+        folder.touch()
+    else:
+        folder.symlink_to(folder if what == "a link to itself" else tmp_path / "nowhere" / "x")
+    path = folder / "run.safetensors"
+    assert not has_checkpoint(path)
+    with pytest.raises(InputError, match=r"run\.safetensors\): cannot be written \(.+\); make room and go on"):
+        trained(ToyMLPs(), toy_config(), checkpoint=path, stop_after=1)
 
 
 def test_differences_are_named_with_their_stage() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +14,9 @@ from typing import Any
 import pytest
 
 from replacement.errors import InputError
-from replacement.training.report import JSONLog, Record, dashboard
+from replacement.formats import drafts
+from replacement.training.progress import progress_bar
+from replacement.training.report import JSONLog, Record, bar_listener, dashboard
 
 FIGURES = {"loss": 0.5, "fvu": 0.25, "l0": 16.0, "dead": 0.125, "learning_rate": 1e-3, "seconds": 2.0, "tokens": 40}
 
@@ -98,3 +103,44 @@ def test_a_log_of_other_bytes_is_read_as_far_as_it_can_be(tmp_path: Path) -> Non
     path.write_bytes(b'{"stage": "reconstruction", "step": 1}\n7\n{"stage": "recon\xff\xfe\n')
     JSONLog(path)(record(2))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_a_log_on_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch) -> None:
+    """Also where a run goes on, which writes the log anew: the old one stays, and nothing lies beside it."""
+    path = tmp_path / "log.jsonl"
+    lines = "".join(json.dumps({"stage": "reconstruction", "step": step}) + "\n" for step in (1, 3))
+    path.write_text(lines)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(drafts.os, "fsync", full)
+    with pytest.raises(
+        InputError, match=r"log\.jsonl: cannot be written \(No space left on device\); make room and go"
+    ):
+        JSONLog(path)(record(2))
+    assert path.read_text() == lines and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("columns", [80, 100, 200])
+@pytest.mark.parametrize(("stage", "kl"), [("reconstruction", None), ("end to end", 0.1234)])
+def test_count_and_time_of_a_progress_bar_are_whole(stage: str, kl: float | None, columns: int, capsys, monkeypatch):
+    """On a narrow terminal the end of the figure is what is cut; at 100 columns nothing is."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    figures = FIGURES | {"fvu": 0.1234, "l0": 16.0, "dead": 0.001, "tokens_per_second": 12345.0, "kl": kl}
+    with bar_listener(stage, done=0, steps=24414, show=True) as move:
+        for step in (1, 12344, 12345):
+            move(Record(stage=stage, step=step, steps=24414, **figures))  # type: ignore[arg-type]
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.strip())
+    found = re.fullmatch(rf"{stage} (━.{{3,}}) 12345/24414 (\d+:\d\d:\d\d|-:--:--) (\S.+?) *", line)
+    assert found is not None and len(line) <= columns
+    whole = ("" if kl is None else "KL 0.1234  ") + "FVU 0.1234  L0 16.0  dead 0.1%  12,345 tok/s"
+    assert found[3] == whole or (columns == 80 and found[3][-1] == "…" and whole.startswith(found[3][:-1]))
+
+
+def test_a_progress_bar_without_a_figure_is_long(capsys, monkeypatch) -> None:
+    """There is room for it, with counts of any size."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress_bar(show=True) as bar:
+        bar.add_task("activations", total=100_000_000, completed=100_000_000, figure="")
+    assert re.fullmatch(r"activations ━{30,40} 100000000/100000000 \S{7} *", capsys.readouterr().err.strip("\n"))

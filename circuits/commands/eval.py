@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 LOAD = "replacement.model:ReplacementModel.load"
 MEASURE = "circuits.quality:measure"
+OPEN = "replacement.training.data:open_tokens"
 DATA, TOKENS, CONTEXT, PROMPTS = "atlas", 16384, 128, 50
 EMBEDDED = "atlas"
 """The shipped model, which brings documents, questions and labels of its own."""
 SHOWN = ("reconstruction", "replacement", "graphs")
 """What the table of several sets has columns for."""
 SETTINGS = (
-    "model", "dtype", "device", "data", "tokens", "context", "measure", "against", "prompts", "labels", "replace_first",
+    "model", "dtype", "device", "data", "text_field", "tokens", "context", "measure", "against", "prompts", "labels",
+    "replace_first",
 )  # fmt: skip
 """What decides the figures, for --json; `context` and `measure` as they were used, not as they were given."""
 
@@ -52,6 +54,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="held-out documents: 'atlas' (its own generator), a text or .jsonl file, or a data set "
         "(default: %(default)s)",
     )
+    add(data, OPEN, "--text-field", "of JSON objects", metavar="NAME")
     data.add_argument("--tokens", type=int, default=TOKENS, metavar="N", help="tokens to read (default: %(default)s)")
     data.add_argument(
         "--context", type=int, metavar="N", help=f"tokens of a document (default: {CONTEXT}, or what the model takes)"
@@ -176,7 +179,7 @@ def _measure_all(arguments: argparse.Namespace, progress: Any) -> tuple[list[Giv
         against = _set(arguments.against, bridge, folder, arguments.model).dictionaries
         for one in sets:
             shared_layers(one.dictionaries, against)  # refuses other sites before the long work on any of them
-    source = _open(arguments.data, bridge, min(arguments.context or CONTEXT, int(bridge.cfg.n_ctx)))
+    source = _open(arguments, bridge)
     arguments.context = source.context
     features = max(sum(dictionary.n_features for dictionary in one.dictionaries) for one in sets)
     vocabulary = int(bridge.cfg.d_vocab)
@@ -221,10 +224,11 @@ def _set(name: str | None, bridge: Any, folder: Path | None, model: str) -> Give
     return Given(name, path, formats.load(path))
 
 
-def _open(data: str, bridge: Any, context: int) -> Any:
+def _open(arguments: argparse.Namespace, bridge: Any) -> Any:
     from replacement.training.data import open_tokens
 
-    return open_tokens(data, model=bridge, context=context, split="held_out")
+    context = min(arguments.context or CONTEXT, int(bridge.cfg.n_ctx))
+    return open_tokens(arguments.data, model=bridge, context=context, split="held_out", text_field=arguments.text_field)
 
 
 def _prompts(arguments: argparse.Namespace, bridge: Any) -> Sequence[Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from circuits.commands.options import add, print_json
+from circuits.defaults import default
 from circuits.settings import Field, fields
 
 if TYPE_CHECKING:
@@ -142,6 +144,10 @@ def _kept(out: Path) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         if not (out / "training.json").exists():
             raise
+        from replacement.training.folder import has_kept
+
+        if not has_kept(out):
+            raise KeyboardInterrupt(f"no step is kept in {out} yet; the same command begins anew") from stop
         kept = str(stop) or "what was kept before is still there"
         raise KeyboardInterrupt(f"{kept}, in {out}; the same command goes on") from stop
 
@@ -163,9 +169,19 @@ def _report(finished: Finished, arguments: argparse.Namespace, seconds: float) -
     if last is not None:
         print(f"last step   FVU {last.fvu:.4f}   L0 {last.l0:.1f}   dead {last.dead:.1%}")
     print(f"wrote {finished.folder} in {seconds:.0f} s")
-    print(f"next  circuits eval --model {arguments.model} --data {arguments.data} --dictionaries {finished.folder}")
+    found = ["--model", arguments.model, "--dictionaries", str(finished.folder)]
+    print(f"next  {shlex.join(['circuits', 'eval', *found, *_text(arguments)])}")
     if set(finished.written) <= set(WRITES):
-        print(f'      circuits trace "..." --model {arguments.model} --dictionaries {finished.folder}')
+        print(f'      circuits trace "..." {shlex.join(found)}')
+
+
+def _text(arguments: argparse.Namespace) -> list[str]:
+    """The flags that name a run's text, for another command that is to read it in the same way."""
+    flags = ["--data", arguments.data]
+    for flag, given in (("--text-field", arguments.text_field), ("--context", arguments.context)):
+        if given != default(RUN, flag[2:].replace("-", "_")):
+            flags += [flag, str(given)]
+    return flags
 
 
 def _flag(field: Field) -> str:

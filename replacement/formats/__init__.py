@@ -18,14 +18,22 @@ __all__ = ["find", "load", "save", "shipped"]
 
 DEFAULT_SET = "transcoders"  #: of the sets that come with a model, the one used unless another is named
 FORMATS = (native, circuit_tracer)  # each has `recognises(folder)`, `load(folder)` and EXPECTS, what it looks for
+RUN = "training.json"  #: what a training run writes when it begins; the dictionaries' own files come when it is done
 
 
 def load(folder: str | Path) -> DictionarySet:
-    """Read a folder of dictionaries of any known format; raises InputError where it is none or is damaged."""
+    """Read a folder of dictionaries of any known format; raises InputError where it is none, is damaged, or holds a
+    training run that is not finished.
+    """
     folder = Path(folder)
     for reader in FORMATS:
         if reader.recognises(folder):
             return reader.load(folder)
+    if (folder / RUN).is_file() and not (folder / "config.json").exists():
+        raise InputError(
+            f"dictionaries {str(folder)!r}: holds a training run that is not finished; give its command again "
+            "(`circuits train ...`)"
+        )
     expected = ", or ".join(reader.EXPECTS for reader in FORMATS)
     raise InputError(f"dictionaries {str(folder)!r}: no known format; a folder needs {expected}")
 

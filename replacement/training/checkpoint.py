@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def write_checkpoint(
         os.replace(part, path)
         shutil.rmtree(folder_of(path), ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where no file can be, there is none to remove
+            part.unlink(missing_ok=True)
         raise _unwritten(path, error) from error
 
 

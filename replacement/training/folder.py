@@ -6,7 +6,7 @@ Knows nothing of training.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ ADJUSTABLE = ("learning_rate",)
 def checkpoint_of(out: Path, stage: str) -> Path:
     """Where a stage keeps what it goes on from."""
     return out / "checkpoints" / f"{stage}.safetensors"
+
+
+def has_kept(out: Path, stages: Sequence[str] = STAGES) -> bool:
+    """Whether any of these stages can go on from a step that it kept."""
+    return any(has_checkpoint(checkpoint_of(out, stage)) for stage in stages)
 
 
 @contextmanager
@@ -78,10 +83,9 @@ def to_write(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     if not differ:
         return None
     finished = (out / "config.json").exists()
-    begun = {stage: has_checkpoint(checkpoint_of(out, stage)) for stage in STAGES}
-    if not (finished or any(begun.values())):
+    if not (finished or has_kept(out)):
         return wanted
-    if not (finished or begun[LAST_STAGE]):
+    if not (finished or has_kept(out, [LAST_STAGE])):
         differ = {name: words for name, words in differ.items() if name.partition(".")[0] != LAST_STAGE}
     wrong = {name: words for name, words in differ.items() if finished or name.rpartition(".")[2] not in ADJUSTABLE}
     if wrong:

@@ -3,16 +3,41 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Column
+
+_WIDTHS = (4, 40)  #: least and most of the bar
+_TIME, _GAPS = len("0:00:00"), 4
 
 
-def progress_bar(*, show: bool) -> Progress:
-    """A rich bar with a count, the time left and one figure that the caller updates as `task.fields["figure"]`."""
-    columns = (
+class _Bar(BarColumn):
+    """A bar that takes what the line's other parts leave of the terminal."""
+
+    def __init__(self, console: Console, figure_width: int) -> None:
+        super().__init__()
+        self._console, self._figure_width = console, figure_width
+
+    def render(self, task: Task) -> ProgressBar:
+        count = 2 * len(str(int(task.total or 0))) + 1
+        left = self._console.width - len(task.description) - count - _TIME - self._figure_width - _GAPS
+        least, most = _WIDTHS
+        self.bar_width = min(max(left, least), most)
+        return super().render(task)
+
+
+def progress_bar(*, show: bool, figure_width: int = 0) -> Progress:
+    """A rich bar with a count, the time left and one figure that the caller updates as `task.fields["figure"]`.
+
+    On a narrow terminal the bar shrinks first, then the end of the figure is cut; count and time stay whole.
+    figure_width: characters of a long figure; the bar leaves room for it from the beginning.
+    """
+    console = Console(stderr=True)
+    columns: tuple[ProgressColumn, ...] = (
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figure]}"),
+        _Bar(console, figure_width),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[figure]}", table_column=Column(no_wrap=True, ratio=1)),  # gets what is left
     )
-    return Progress(*columns, console=Console(stderr=True), disable=not show, transient=False)
+    return Progress(*columns, console=console, disable=not show, transient=False, expand=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from replacement.errors import InputError
+from replacement.formats.drafts import write_whole
 from replacement.training.progress import progress_bar
 
 
@@ -36,6 +36,7 @@ class Record(NamedTuple):
 
 
 Listener = Callable[[Record], None]
+_LONG = "KL 0.1234  FVU 0.1234  L0 100.0  dead 0.1%  123,456 tok/s"  #: a long figure of a progress bar
 DASHBOARDS = ("tensorboard", "wandb", "trackio")
 
 
@@ -46,25 +47,25 @@ class JSONLog:
         self.path, self.every, self._last = path, every, -1
 
     def __call__(self, record: Record) -> None:
-        if self._last < 0:
-            self._cut(record)
-        self._last = record.step
-        if record.step % self.every and record.step not in (1, record.steps):
-            return
+        is_first, self._last = self._last < 0, record.step
         try:
+            if is_first:
+                self._cut(record)
+            if record.step % self.every and record.step not in (1, record.steps):
+                return
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record._asdict()) + "\n")
         except OSError as error:
-            raise InputError(f"log {self.path}: cannot be written ({error.strerror}); make room and go on") from error
+            raise InputError(
+                f"log {self.path}: cannot be written ({error.strerror or error}); make room and go on"
+            ) from error
 
     def _cut(self, record: Record) -> None:
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return
         kept = [line for line in _whole_lines(self.path) if _before(line, record)]
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -122,7 +123,7 @@ def _numbers(record: Record) -> dict[str, float]:
 @contextmanager
 def bar_listener(stage: str, *, done: int, steps: int, show: bool) -> Iterator[Listener]:
     """A listener that moves a progress bar on stderr."""
-    with progress_bar(show=show) as bar:
+    with progress_bar(show=show, figure_width=len(_LONG)) as bar:
         task = bar.add_task(stage, total=steps, completed=done, figure="")
 
         def move(record: Record) -> None:

@@ -103,7 +103,7 @@ class BridgeActivations:
         for name, part in activations.items():
             require_finite(part, site=name, index=index)
         starts = self._starts(ids)
-        return Harvest(activations, starts, self._high(norms, starts))
+        return Harvest(activations, starts, self._high(norms, starts, index))
 
     @property
     def fingerprint(self) -> str:
@@ -131,15 +131,21 @@ class BridgeActivations:
         return found.flatten()
 
     def _high(
-        self, norms: Mapping[str, Float[Tensor, "documents pos"]], starts: Bool[Tensor, " tokens"]
+        self, norms: Mapping[str, Float[Tensor, "documents pos"]], starts: Bool[Tensor, " tokens"], index: int
     ) -> Bool[Tensor, " tokens"]:
-        """Tokens other than start tokens whose norm is too high somewhere."""
+        """Tokens other than start tokens whose norm is too high somewhere; a few may even overflow."""
         high = torch.zeros_like(starts)
         if self.drop_norm is None or starts.all():
             return high
-        for found in norms.values():
+        for name, found in norms.items():
             norm = found.flatten()
-            high |= norm > self.drop_norm * norm[~starts].median()
+            median = norm[~starts].median()  # NaN where any norm is: no norm is above that
+            if not median.isfinite():
+                raise InputError(
+                    f"norms of {name}, batch {index}: are not finite (NaN or inf); load the model in float32, or look "
+                    "at its weights"
+                )
+            high |= norm > self.drop_norm * median
         return high & ~starts
 
 
@@ -272,7 +278,7 @@ def require_sites(bridge: Any, sites: Sequence[str]) -> None:
 
 
 def require_finite(values: Tensor, *, site: str, index: int) -> None:
-    """Raise `InputError` where activations, or their norms, are NaN or infinite."""
+    """Raise `InputError` where activations are NaN or infinite."""
     if not all_finite(values):
         raise InputError(
             f"activations of {site}, batch {index}: are not finite (NaN or inf); load the model in float32, "

@@ -195,7 +195,9 @@ def _field(record: object, field: str, where: str) -> str:
         raise InputError(f"{where}: needs a JSON object with a field {field!r}, got a {type(record).__name__}")
     if field not in record:
         fields = ", ".join(sorted(map(str, record))[:10]) or "none"
-        raise InputError(f"{where}: has no field {field!r}; its fields: {fields}; pass one of them as text_field")
+        raise InputError(
+            f"{where}: has no field {field!r}; its fields: {fields}; pass one of them as text_field (--text-field)"
+        )
     if not isinstance(record[field], str):
         raise InputError(f"{where}: field {field!r} needs a string, got a {type(record[field]).__name__}")
     return _LONE_SURROGATE.sub("\ufffd", record[field])
