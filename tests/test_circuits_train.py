@@ -22,6 +22,7 @@ from circuits.cli import main
 from circuits.settings import fields
 from graphs import AttributionGraph
 from replacement import formats
+from replacement.errors import InputError
 from replacement.loading import load_bridge
 from replacement.starts import start_token
 from replacement.training import EndToEndConfig, TokenBatch, Trainee, TrainingConfig, plans, reconstruction
@@ -311,6 +312,8 @@ def test_start_tokens_inside_rows_are_left_to_the_model(place: Path) -> None:
     batch = model.documents(rows)
     text = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool)
     assert not batch.answer.any() and torch.equal(batch.tokens[text], rows[text])
+    with pytest.raises(InputError, match="a row holds start tokens alone"):
+        model.documents(torch.full_like(rows, start))
 
     class Nothing:
         def read(self, name, x):

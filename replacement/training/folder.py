@@ -14,10 +14,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from replacement.errors import InputError
+from replacement.formats import RUN
 from replacement.formats.drafts import write_whole
 from replacement.training.sharded_checkpoint import has_checkpoint
 
-SETTINGS, LOCK = "training.json", ".lock"
+SETTINGS, LOCK = RUN, ".lock"
 STAGES = "reconstruction", "end_to_end"
 LAST_STAGE = STAGES[-1]
 ADJUSTABLE = ("learning_rate",)
