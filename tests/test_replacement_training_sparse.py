@@ -14,8 +14,7 @@ from replacement.training.sparse import (
     choice,
     decode_active,
     encode_active,
-    preselect,
-    select,
+    search,
     select_above,
     select_top,
 )
@@ -61,6 +60,7 @@ def test_the_top_of_each_token_is_the_dense_top(size, dtype, native, monkeypatch
         expected = pre.topk(min(k, shape[2])).indices.sort().values
         assert torch.equal(active.feature.view(expected.shape), expected)
         assert torch.equal(active.token, torch.arange(shape[0]).repeat_interleave(min(k, shape[2])))
+        torch.testing.assert_close(active.pre, pre.flatten()[flat(active)], rtol=1e-4, atol=1e-3)
 
 
 @settings(max_examples=25, deadline=None)
@@ -86,23 +86,67 @@ def test_one_unusual_token_does_not_lift_all(factor: float) -> None:
 
 
 @pytest.mark.parametrize("n_features", [64, 40, 33])
-def test_selection_is_the_comparison_with_the_threshold(n_features: int) -> None:
+def test_a_search_finds_what_is_above_each_tokens_level(n_features: int) -> None:
     """Comparing bits as integers, words at a time, is comparing positive floats; entries come by token and feature."""
-    pre = torch.randn(50, n_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+    pre = torch.randn(12, n_features, generator=torch.Generator().manual_seed(1)).bfloat16()
     pre[0, 0], pre[0, 1], pre[0, 2] = torch.tensor(0.8), -torch.inf, torch.inf
-    active = select(pre, 0.8)
-    expected = (pre > torch.tensor(0.8).bfloat16()).nonzero()
-    assert torch.equal(torch.stack([active.token, active.feature], 1), expected)
+    pre[1], pre[2] = 3.0, -1.0
+    fold = search.fold_of(n_features, pre.device)
+    found = search.Search(n_features, fold, pre.device)
+    for start in (0, 8):
+        piece = search.folded(pre[start : start + 8].T, fold).flatten(0, 1).contiguous()
+        found.add(search.as_bits(piece), search.level_above(0.8, piece.shape[1], pre.device), start)
+    expected = (pre > torch.tensor(0.8).bfloat16()).flatten().nonzero().flatten()
+    assert torch.equal(found.found(12), expected) and (fold > 1) == (n_features % 2 == 0)
 
 
-def test_selection_chunk_by_chunk_equals_selection_at_once() -> None:
-    """Never holding all pre-activations changes nothing but what lies within rounding of the threshold."""
-    x, W_enc, b_enc = weights(300, 24, 8192)
+def test_selection_is_the_comparison_with_the_threshold() -> None:
+    """But for what lies within rounding of it, and however many tokens are multiplied at once."""
+    x, W_enc, b_enc = weights(601, 24, 8192)
     x[1] /= 100
-    far = ((x @ W_enc.T + b_enc - 1).abs() > 0.3).flatten()
-    once, chunks = select(preselect(x, W_enc, b_enc), 1.0), select_above(x, W_enc, b_enc, 1.0)
-    assert torch.equal(*(flat(each)[far[flat(each)]] for each in (once, chunks)))
-    assert (chunks.n_tokens, chunks.n_features) == (once.n_tokens, once.n_features) == (300, 8192)
+    pre, margin = x @ W_enc.T + b_enc, 2.0**-7 + 2.0**-7 * x.norm(dim=1, keepdim=True) * W_enc.norm(dim=1)
+    active = select_above(x, W_enc, b_enc, 1.0)
+    chosen = torch.zeros_like(pre, dtype=torch.bool)
+    chosen[active.token, active.feature] = True
+    clear = (pre - 1).abs() > margin
+    assert clear.float().mean() > 0.9
+    assert torch.equal(chosen[clear], pre[clear] > 1) and torch.equal(flat(active), flat(active).sort().values)
+    assert (active.n_tokens, active.n_features) == (601, 8192)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6), scale=st.floats(1e-2, 1e2))
+def test_the_margin_bounds_what_rounding_does(seed: int, scale: float) -> None:
+    """Of no token and feature does the product's error, before the result is rounded, go beyond it."""
+    x, W_enc, b_enc = weights(24, 40, 64, seed=seed, shift=0.0)
+    W_enc, b_enc = W_enc * scale, b_enc * (100 if seed % 2 else 1)
+    product = choice._Product(x, W_enc, b_enc)
+    ((_, pre),) = product.chunks()
+    exact = x.double() @ W_enc.double().T + b_enc
+    rows = search.folded(exact.T, product.fold).flatten(0, 1)
+    error = (pre.double() - rows).abs() - rows.abs() * 2.0**-8 * 1.01
+    assert (error <= product.margin).all()
+
+
+def test_what_a_token_could_have_chosen_instead_sends_it_to_the_plain_product(monkeypatch) -> None:
+    """Rows so long that rounding hides everything else: candidates are not certain, and the dense top decides."""
+    x, W_enc, b_enc = weights(50, 24, 1024, shift=0.0)
+    W_enc[0] *= 1e3
+    dense_top, seen = choice._dense_top, []
+    monkeypatch.setattr(choice, "_dense_top", lambda x, *rest: (seen.append(len(x)), dense_top(x, *rest))[1])
+    active = select_top(x, W_enc, b_enc, 8)
+    assert sum(seen) > 40
+    assert torch.equal(active.feature.view(50, 8), (x @ W_enc.T + b_enc).topk(8).indices.sort().values)
+
+
+def test_equals_all_above_the_rest_are_chosen_from() -> None:
+    """A thousand copies of one feature, all first: no token keeps that many candidates, and each gets k of them."""
+    x, W_enc, b_enc = weights(300, 24, 2048, shift=0.0)
+    x = x.abs() + 0.1
+    W_enc[:1000], b_enc[:1000] = 100.0, 0.0
+    active = select_top(x, W_enc, b_enc, 4)
+    assert (active.feature < 1000).all() and len(active.feature) == 1200
+    assert (flat(active).diff() > 0).all()
 
 
 def test_the_order_by_feature_is_the_transposed_set() -> None:
@@ -136,7 +180,7 @@ def test_sparse_decoding_equals_dense_with_all_gradients(prefixes, mkl, monkeypa
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     torch.manual_seed(0)
     tensors = [torch.randn(*s, dtype=torch.float64) for s in ((11, 5), (24, 5), (24,), (24, 7))]
-    active = select(preselect(*tensors[:3]), 0.7)
+    active = select_above(*tensors[:3], 0.7)
     sides = []
     for decode in (sparse, dense):
         leaves = [t.clone().requires_grad_() for t in tensors]

@@ -5,6 +5,7 @@ Works on scaled activations (mean squared entry about 1). Knows nothing of optim
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,17 @@ class Pass(NamedTuple):
     active: ActiveSet
     activations: Float[Tensor, " entries"]
     penalty: Tensor | float  #: of all features
-    gate: Float[Tensor, "tokens n_writes d_out"] | None  #: what a gate alone writes, through the frozen decoder
+    gate: Float[Tensor, "tokens 1 n_writes d_out"] | None  #: what a gate alone writes, through the frozen decoder
+
+    def add_to(self, parts: dict[str, list[Tensor]], gates: dict[str, list[Tensor]], writes: Sequence[str]) -> None:
+        """Append what is written at each of these sites to the site's list: `[tokens, prefixes, d_out]`."""
+        for lists, written in ((parts, self.parts), (gates, self.gate)):
+            if written is not None:
+                # one gradient of all sites together, where an index a site would make one each
+                for name, at_site in zip(
+                    writes, written.unbind(2) if len(writes) > 1 else [written.squeeze(2)], strict=True
+                ):
+                    lists[name].append(at_site)
 
 
 class Coder(nn.Module):
@@ -117,8 +128,8 @@ class Coder(nn.Module):
         parts = decode_active(activations, self.W_dec.flatten(1), active, self.prefixes)
         gate = None
         if isinstance(self.sparsity, GatedSparsity):
-            gate = decode_active(torch.relu(values), self.W_dec.detach().flatten(1), active, ())[:, 0]
-            gate = gate.unflatten(1, self.W_dec.shape[1:])
+            gate = decode_active(torch.relu(values), self.W_dec.detach().flatten(1), active, ())
+            gate = gate.unflatten(2, self.W_dec.shape[1:])
         penalty = self.sparsity.extra_loss(values, activations, active, self.norms())
         penalty = penalty + self.scheme.extra_loss(x, self.mesh.data)
         return Pass(parts.unflatten(2, self.W_dec.shape[1:]), active, activations, penalty, gate)
@@ -131,8 +142,8 @@ class Coder(nn.Module):
 
     @torch.no_grad()
     def _observe(self, activations: Float[Tensor, " entries"], active: ActiveSet) -> None:
-        fired = torch.bincount(active.feature[activations != 0], minlength=len(self.W_dec)) > 0
-        fired = self.mesh.data.any(fired)
+        count = activations.new_zeros(len(self.W_dec)).index_add_(0, active.feature, (activations != 0).float())
+        fired = self.mesh.data.any(count > 0)
         self.since_fired.add_(active.n_tokens * self.mesh.data.size).masked_fill_(fired, 0)
         self.sparsity.observe(activations, active, fired)
 

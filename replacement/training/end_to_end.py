@@ -24,11 +24,12 @@ from replacement.substitution import Replacement
 from replacement.training.checkpoint import read_checkpoint, write_checkpoint
 from replacement.training.coder import Coder
 from replacement.training.config import EndToEndConfig, TrainingConfig
+from replacement.training.missed import mean_square, unexplained
 from replacement.training.parallel import Axis
 from replacement.training.report import Clock, Listener, Record
 from replacement.training.sharded_checkpoint import has_checkpoint
 from replacement.training.source import Activations
-from replacement.training.trainee import Trainee, l0, unexplained
+from replacement.training.trainee import Trainee, l0
 from replacement.training.watching import watched
 
 _BESIDE = 10.0
@@ -102,14 +103,14 @@ class _Forward:
         if name not in self.parts:
             return None
         out = trainee.bias(name)[None, None] + self._sum(self.parts, self.skips, name)
-        error = self.original[name].float()[:, None] * trainee.scale_of(name) - out
-        self.losses.append(self.config.reconstruction_weight * error.pow(2).mean())
         wanted = self.original[name].float() * trainee.scale_of(name)
+        loss, error = mean_square(wanted, [out])
+        self.losses.append(self.config.reconstruction_weight * loss)
         if self.gates[name]:
             alone = trainee.bias(name).detach() + self._sum(self.gates, self.gate_skips, name)
-            self.losses.append(self.config.reconstruction_weight * (wanted - alone).pow(2).mean())
-        self.fvu.append(unexplained(error[:, -1].detach(), wanted, trainee.mesh.data))
-        self.errors[name] = error[:, -1].detach()
+            self.losses.append(self.config.reconstruction_weight * mean_square(wanted, [alone])[0])
+        self.fvu.append(unexplained(error[:, -1], wanted, trainee.mesh.data))
+        self.errors[name] = error[:, -1]
         if self.config.aux_weight:
             for coder, x in self.inputs:
                 if coder.plan.writes[-1] == name:  # the model has come by all that it writes
@@ -130,13 +131,10 @@ class _Forward:
         self.inputs.append((coder, x))
         self.l0.append(l0(one, self.trainee.mesh))
         self.losses.append(torch.as_tensor(one.penalty))
-        for j, name in enumerate(coder.plan.writes):
-            self.parts[name].append(one.parts[:, :, j])
-            if one.gate is not None:
-                self.gates[name].append(one.gate[:, j])
+        one.add_to(self.parts, self.gates, coder.plan.writes)
         if coder.W_skip is not None:
-            skip = torch.as_tensor(coder.skip(x))
-            self.skips[coder.plan.writes[0]].append(skip[:, None].expand_as(one.parts[:, :, 0]))
+            skip = torch.as_tensor(coder.skip(x))[:, None]
+            self.skips[coder.plan.writes[0]].append(skip.expand_as(one.parts[:, :, 0]))
             if one.gate is not None:
                 self.gate_skips[coder.plan.writes[0]].append(skip.detach())
 

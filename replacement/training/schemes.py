@@ -72,8 +72,9 @@ class Scheme(nn.Module, abc.ABC):
     def values(
         self, x: Float[Tensor, "tokens d_in"], W_enc: Tensor, b_enc: Tensor, active: ActiveSet
     ) -> Float[Tensor, " entries"]:
-        """Pre-activations of active features; gradients flow to all tensors."""
-        return encode_active(x, W_enc, b_enc, active)
+        """Pre-activations of active features, chosen of these tensors or without their pre-activations; gradients flow
+        to all tensors."""
+        return encode_active(x, W_enc, b_enc, active, active.pre)
 
     def dense(
         self,

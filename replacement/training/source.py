@@ -123,7 +123,7 @@ class Stream:
         share = self.batch_tokens // self.mesh.data.size
         start = self.position.place * share
         rows = self._order[start : start + share]
-        return {name: tensor[rows].to(self.device) for name, tensor in self._content.items()}
+        return {name: tensor.index_select(0, rows).to(self.device) for name, tensor in self._content.items()}
 
     def sample(self, tokens: int) -> dict[str, Float[Tensor, "tokens width"]]:
         """Up to so many tokens of the first buffer, the same in all processes."""

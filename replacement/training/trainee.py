@@ -22,7 +22,8 @@ from replacement.training.coder import Coder, Pass
 from replacement.training.config import TrainingConfig
 from replacement.training.export import Unscaled, dictionaries
 from replacement.training.kinds import Plan
-from replacement.training.parallel import ALONE, Axis, Mesh
+from replacement.training.missed import mean_square, unexplained
+from replacement.training.parallel import ALONE, Mesh
 from replacement.training.source import Activations
 
 
@@ -110,7 +111,7 @@ class Trainee(nn.Module):
 
     def read(self, coder: Coder, activations: Activations) -> Float[Tensor, "tokens d_in"]:
         """A coder's scaled input."""
-        return torch.cat([activations[name].float() * self.scale_of(name) for name in coder.plan.reads], 1)
+        return side_by_side([activations[name].float() * self.scale_of(name) for name in coder.plan.reads])
 
     def bias(self, name: str) -> Float[Tensor, " d_out"]:
         """The output bias of a written site, in scaled units."""
@@ -124,42 +125,40 @@ class Trainee(nn.Module):
         `sum over written sites of mean over prefixes of |y - y_p|^2 / d`, y with mean square about 1. with_dead:
         whether the remedy's loss is wanted.
         """
-        out = {name: self.bias(name)[None, None] for name in self.written}
-        gated = {name: self.bias(name).detach()[None] for name in self.written}
-        axis = self.mesh.features
-        own, own_gated = (out, gated) if axis.size == 1 else (dict[str, Tensor](), dict[str, Tensor]())
+        scaled = {name: activations[name].float() * self.scale_of(name) for name in self.sites}
+        own: dict[str, list[Tensor]] = {name: [] for name in self.written}  # what this process's features write
+        own_gated: dict[str, list[Tensor]] = {name: [] for name in self.written}
+        rest = {name: [self.bias(name)[None, None]] for name in self.written}
         inputs, passes = [], []
         for coder in self:
-            x = self.read(coder, activations)
+            x = side_by_side([scaled[name] for name in coder.plan.reads])
             one = coder(x, generator=generator, memory=memory)
             inputs.append(x)
             passes.append(one)
-            for j, name in enumerate(coder.plan.writes):
-                own[name] = own.get(name, 0.0) + one.parts[:, :, j]
-                if one.gate is not None:
-                    own_gated[name] = own_gated.get(name, 0.0) + one.gate[:, j]
+            one.add_to(own, own_gated, coder.plan.writes)
             if coder.W_skip is not None:
-                skip = torch.as_tensor(coder.skip(x))
-                out[coder.plan.writes[0]] = out[coder.plan.writes[0]] + skip[:, None]
-                gated[coder.plan.writes[0]] = gated[coder.plan.writes[0]] + skip.detach()
-        if axis.size > 1:
-            out |= {name: out[name] + axis.add(part) for name, part in own.items()}
-            gated |= {name: gated[name] + axis.add(part) for name, part in own_gated.items()}
-        wanted = {name: activations[name].float() * self.scale_of(name) for name in self.written}
-        missed = {name: wanted[name][:, None] - out[name] for name in self.written}
-        reconstruction = torch.stack([error.pow(2).mean() for error in missed.values()]).sum()
+                rest[coder.plan.writes[0]].append(torch.as_tensor(coder.skip(x))[:, None])
+        losses = {name: mean_square(scaled[name], [*self._of_all(own[name]), *rest[name]]) for name in self.written}
+        reconstruction = torch.stack([loss for loss, _ in losses.values()]).sum()
         if any(one.gate is not None for one in passes):
-            alone = [(wanted[name] - gated[name]).pow(2).mean() for name in self.written]
+            alone = [
+                mean_square(scaled[name], [*self._of_all(own_gated[name]), *(part.detach() for part in rest[name])])[0]
+                for name in self.written
+            ]
             reconstruction = reconstruction + torch.stack(alone).sum()
-        errors = {name: error[:, -1].detach() for name, error in missed.items()}
+        errors = {name: error[:, -1] for name, (_, error) in losses.items()}
         return Losses(
             reconstruction,
             sum((one.penalty for one in passes), start=0.0),
             self._dead_loss(inputs, errors, generator) if with_dead else 0.0,
-            torch.stack([unexplained(errors[name], wanted[name], self.mesh.data) for name in self.written]),
+            torch.stack([unexplained(errors[name], scaled[name], self.mesh.data) for name in self.written]),
             torch.stack([l0(one, self.mesh) for one in passes]),
             errors,
         )
+
+    def _of_all(self, own: list[Tensor]) -> list[Tensor]:
+        """What adds up to what the features of all processes write at a site."""
+        return own if self.mesh.features.size == 1 else [self.mesh.features.add(torch.stack(own).sum(0))]
 
     def error_of(self, coder: Coder, errors: dict[str, Tensor]) -> Float[Tensor, "tokens n_writes d_out"]:
         """What all dictionaries missed at the sites that a coder writes."""
@@ -242,12 +241,9 @@ class Trainee(nn.Module):
         nn.utils.clip_grads_with_norm_(held, longest, norm)
 
 
-def unexplained(
-    error: Float[Tensor, "tokens d_out"], wanted: Float[Tensor, "tokens d_out"], data: Axis
-) -> Float[Tensor, ""]:
-    """FVU over the tokens of all processes: `|error|^2 / |wanted - mean|^2`."""
-    spread = (wanted - data.average(wanted.mean(0))).pow(2).sum()
-    return data.total(error.pow(2).sum()) / data.total(spread).clamp_min(1e-12)
+def side_by_side(parts: list[Float[Tensor, "tokens _"]]) -> Float[Tensor, "tokens d_in"]:
+    """Activations of several sites as one vector a token."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def l0(one: Pass, mesh: Mesh) -> Float[Tensor, ""]:

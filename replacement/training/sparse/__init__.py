@@ -5,7 +5,7 @@ tokens at a time. Values of the chosen ones, the decoder and every gradient touc
 own precision. Knows nothing of losses, layers or training steps.
 """
 
-from replacement.training.sparse.active import ActiveSet, active_at, in_order, select
+from replacement.training.sparse.active import ActiveSet, active_at, in_order
 from replacement.training.sparse.choice import preselect, select_above, select_top
 from replacement.training.sparse.pairs import dense_pairs, encode_pairs, pairs_above, pairs_top
 from replacement.training.sparse.products import decode_active, encode_active
@@ -21,7 +21,6 @@ __all__ = [
     "pairs_above",
     "pairs_top",
     "preselect",
-    "select",
     "select_above",
     "select_top",
 ]

@@ -1,6 +1,6 @@
-"""Which features are active at which tokens, and how to read that off a matrix of bfloat16 pre-activations.
+"""Which features are active at which tokens.
 
-Knows nothing of weights.
+Knows nothing of weights, or of how they were chosen.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from jaxtyping import BFloat16, Int, Int16
+from jaxtyping import Float, Int
 from torch import Tensor
-
-_FOLD = 8  # columns whose comparisons share one 16-bit integer
-_WORD = 4  # 16-bit integers in one 64-bit word
 
 
 class ByFeature(NamedTuple):
@@ -33,6 +30,8 @@ class ActiveSet:
     feature: Int[Tensor, " entries"]
     n_tokens: int
     n_features: int
+    pre: Float[Tensor, " entries"] | None = None
+    """Pre-activations, where choosing the entries took their exact values: of the inputs and weights of that choice."""
 
     @cached_property
     def starts(self) -> Int[Tensor, " n_tokens"]:
@@ -42,8 +41,7 @@ class ActiveSet:
     @cached_property
     def by_feature(self) -> ByFeature:
         """The same entries feature by feature, and token by token within one; sorted once for all that asks."""
-        narrow = torch.int16 if self.n_features <= 1 << 15 else torch.int32  # short keys sort faster
-        order = self.feature.to(narrow).sort(stable=True).indices
+        order = self.feature.to(narrowest(self.n_features)).sort(stable=True).indices
         return ByFeature(order, self.token.index_select(0, order), segment_starts(self.feature, self.n_features))
 
 
@@ -51,28 +49,6 @@ def segment_starts(segment: Int[Tensor, " entries"], n_segments: int) -> Int[Ten
     """Where each segment begins once the entries are in the order of their segments."""
     counts = torch.bincount(segment, minlength=n_segments)
     return counts.cumsum(0) - counts
-
-
-def as_bits(pre: BFloat16[Tensor, "tokens n_features"]) -> Int16[Tensor, "tokens n_features"]:
-    """The same memory as integers, which order as the floats do where those are positive and stay below 0 elsewhere."""
-    return pre.view(torch.int16)
-
-
-def select(pre: BFloat16[Tensor, "tokens n_features"], threshold: float = 1.0) -> ActiveSet:
-    """The entries of `pre` (bfloat16, from `preselect`) above a positive threshold."""
-    assert pre.dtype == torch.bfloat16
-    rows = max(1, (1 << 20) // pre.shape[1])
-    levels = level_above(threshold, rows, pre.device)
-    pieces = as_bits(pre.contiguous()).split(rows)
-    places = [at_least(piece, levels[: len(piece)]) + i * rows * pre.shape[1] for i, piece in enumerate(pieces)]
-    return active_at(in_order(places, pre.numel()), *pre.shape)
-
-
-def level_above(threshold: float, rows: int, device: torch.device) -> Int16[Tensor, "rows 1"]:
-    """What is above a positive threshold in bfloat16 is at least this, as an integer."""
-    assert threshold > 0
-    bits = torch.tensor(threshold, dtype=torch.bfloat16).view(torch.int16).item()
-    return torch.full((rows, 1), bits + 1, dtype=torch.int16, device=device)
 
 
 def active_at(flat: Int[Tensor, " entries"], n_tokens: int, n_features: int) -> ActiveSet:
@@ -89,37 +65,10 @@ def split_places(
 
 
 def in_order(parts: list[Int[Tensor, " _"]], size: int) -> Int[Tensor, " entries"]:
-    """All places below `size`, ascending; short keys sort faster, and all at once faster than part by part."""
-    flat = torch.cat(parts)
-    return (flat.int() if size < 1 << 31 else flat).sort().values.long()
+    """All places below `size`, ascending; sorted all at once, which is faster than part by part."""
+    return torch.cat(parts).to(narrowest(size)).sort().values.long()
 
 
-def at_least(bits: Int16[Tensor, "rows n_features"], level: Int16[Tensor, "rows 1"]) -> Int[Tensor, " entries"]:
-    """Places in the flattened matrix, in any order, of what is `level` or more.
-
-    Comparing into 16-bit integers is vectorised where comparing into bools is not. Eight blocks of columns share one
-    integer and four of these one word, so that what does not fire is skipped 32 at a time.
-    """
-    rows, n_features = bits.shape
-    if n_features % (_FOLD * _WORD) or bits.device.type != "cpu":
-        return (bits >= level).flatten().nonzero().flatten()
-    width = n_features // _FOLD
-    blocks = bits.view(rows, _FOLD, width)
-    folded = torch.empty(rows, width, dtype=torch.int16)
-    torch.ge(blocks[:, 0], level, out=folded)
-    one = torch.empty_like(folded)
-    for block in range(1, _FOLD):
-        folded.add_(torch.ge(blocks[:, block], level, out=one), alpha=1 << block)
-    words = folded.view(torch.int64).flatten()
-    word = words.nonzero().flatten()
-    left, found, per_row = words.index_select(0, word), [], width // _WORD
-    row = torch.div(word, per_row, rounding_mode="floor")
-    place = word * _WORD + row * (n_features - width)  # of the first column that a word stands for
-    while len(left):
-        lowest = left & -left
-        bit = lowest.double().frexp().exponent.long() - 1  # 16 for each integer of the word, the block in the lower 8
-        found.append(place + (bit >> 4) + (bit & 15) * width)
-        left = left ^ lowest
-        rest = left.nonzero().flatten()
-        left, place = left.index_select(0, rest), place.index_select(0, rest)
-    return torch.cat([place, *found])
+def narrowest(size: int) -> torch.dtype:
+    """The integers that hold all places below `size` and sort fastest."""
+    return torch.int16 if size <= 1 << 15 else torch.int32 if size <= 1 << 31 else torch.int64

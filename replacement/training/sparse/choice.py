@@ -1,37 +1,31 @@
 """Choosing the active features of many tokens: by threshold, or the k largest of each token.
 
-A bfloat16 product, a few tokens at a time, leaves few candidates: all that could be chosen, given a bound on its
-rounding errors. The exact values of those decide. Knows nothing of decoders and gradients.
+A bfloat16 product, a few tokens at a time, leaves few candidates. The exact values of those decide, and a bound on the
+product's rounding errors tells the few tokens at which something else could have been chosen; these take the plain
+product. Knows nothing of decoders and gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
-from jaxtyping import BFloat16, Bool, Float, Int, Int16
+from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
-from replacement.training.sparse.active import (
-    ActiveSet,
-    active_at,
-    as_bits,
-    at_least,
-    in_order,
-    level_above,
-    segment_starts,
-    split_places,
-)
+from replacement.training.sparse.active import ActiveSet, active_at, split_places
 from replacement.training.sparse.products import dots
+from replacement.training.sparse.search import WORD, Search, as_bits, fold_of, folded, level_above, level_below
 
 _CHUNK = 1 << 20  # pre-activations held at once,
-_CHUNK_TOKENS = 128  # but of at least this many tokens, or the product slows down
+_CHUNK_TOKENS = 256  # but of at least this many tokens, or the product slows down
 _RESULT = 2.0**-7  # bounds the relative error of rounding a result to bfloat16, twice over
 _SAMPLE = 32  # tokens that tell where the k-th largest pre-activations lie
 _PIECE = 512  # rows whose rounding errors are measured at once
-_NEVER = torch.iinfo(torch.int16).max
+_EVEN = 16  # lengths of rows that multiply fast are multiples of this
+_CROWD = 16  # times k: a token with more candidates takes the plain product
+_DENSE = 1 << 20  # pre-activations held at once where all are needed
 
 
 def preselect(
@@ -50,11 +44,12 @@ def select_above(
     b_enc: Float[Tensor, " n_features"],
     threshold: float = 1.0,
 ) -> ActiveSet:
-    """`select(preselect(x, W_enc, b_enc), threshold)` without ever holding all pre-activations."""
-    size, found = len(W_enc), []
-    for start, pre, _ in _Product(x, W_enc, b_enc, bounded=False).chunks():
-        found.append(at_least(as_bits(pre), level_above(threshold, len(pre), x.device)) + start * size)
-    return active_at(in_order(found, len(x) * size), len(x), size)
+    """The features whose pre-activation `x . W_enc_i + b_enc_i` is above a positive threshold, as bfloat16 tells."""
+    product = _Product(x, W_enc, b_enc, bounded=False)
+    search = Search(len(W_enc), product.fold, x.device)
+    for start, pre in product.chunks():
+        search.add(as_bits(pre), level_above(threshold, pre.shape[1], x.device), start)
+    return active_at(search.found(len(x)), len(x), len(W_enc))
 
 
 @torch.no_grad()
@@ -66,27 +61,35 @@ def select_top(
 ) -> ActiveSet:
     """The k largest pre-activations `x . W_enc_i + b_enc_i` of each token, also where they are negative (TopK).
 
-    Every token gets min(k, n_features) entries; decided in float32, between equals any is taken.
+    Every token gets min(k, n_features) entries, with their pre-activations; decided in float32, between equals any is
+    taken.
     """
-    n_tokens, n_features = len(x), len(W_enc)
-    k = min(k, n_features)
+    k = min(k, len(W_enc))
     groups = 1 << (4 * k - 1).bit_length()  # the k-th largest of so many maxima is near the k-th largest of all
-    if 4 * groups > n_features:
-        return active_at(_dense_top(x, W_enc, b_enc, k, torch.arange(n_tokens, device=x.device)), n_tokens, n_features)
-    found, hard = [], []
-    for start, pre, margin in _Product(x, W_enc, b_enc + _lift(x, W_enc, b_enc, k)).chunks():
-        bits, size = as_bits(pre), n_features // groups
-        highest = bits[:, : size * groups].unflatten(1, (size, groups)).amax(1).int()
+    if 4 * groups > len(W_enc) or not len(x):
+        return _each(*_dense_top(x, W_enc, b_enc, k), len(W_enc))
+    lift = _lift(x, W_enc, b_enc, k)
+    product = _Product(x, W_enc, b_enc + lift)
+    search, levels, size = Search(len(W_enc), product.fold, x.device), [], len(W_enc) // groups
+    for start, pre in product.chunks():
+        bits = as_bits(pre)
+        highest = bits[: size * groups].unflatten(0, (size, groups)).amax(0).T.int()
         kth = highest.topk(k, sorted=False).values.amin(1).to(torch.int16).view(torch.bfloat16).float()
-        level, easy = _floor((kth * (1 - _RESULT) - 2 * margin) * (1 - _RESULT))
-        found.append(at_least(bits, level) + start * n_features)
-        hard.append((~easy).nonzero().flatten() + start)
-    flat = in_order(found, n_tokens * n_features)
-    token, feature = split_places(flat, n_features)
-    values = dots(x, W_enc, token, feature) + b_enc.index_select(0, feature)
-    chosen = flat.index_select(0, _top_of_each(token, values, n_tokens, k))
-    rest = _dense_top(x, W_enc, b_enc, k, torch.cat(hard))
-    return active_at(torch.cat([chosen, rest]).sort().values if len(rest) else chosen, n_tokens, n_features)
+        margin = product.margin[start : start + len(kth)]
+        levels.append(level_below((kth * (1 - _RESULT) - margin) * (1 - _RESULT)))  # nearly all are then certain
+        search.add(bits, levels[-1], start)
+    feature, pre = _top_of_each(search.found(len(x)), x, W_enc, b_enc, k)
+    level = torch.cat(levels)[: len(x)].view(torch.bfloat16)  # what was not found is below it
+    certain = level <= (pre.amin(1) + lift - product.margin[: len(x)]) * (1 - _RESULT)
+    rest = (~certain).nonzero().flatten()
+    feature[rest], pre[rest] = _dense_top(x[rest], W_enc, b_enc, k)
+    return _each(feature, pre, len(W_enc))
+
+
+def _each(feature: Int[Tensor, "tokens k"], pre: Float[Tensor, "tokens k"], n_features: int) -> ActiveSet:
+    """The set in which every token has these features."""
+    token = torch.arange(len(feature), device=feature.device).repeat_interleave(feature.shape[1])
+    return ActiveSet(token, feature.flatten(), len(feature), n_features, pre.flatten())
 
 
 def _lift(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor | float:
@@ -103,37 +106,59 @@ def _lift(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor | float:
     return (middle - 2 * low).clamp_min(0) * (low <= 0.1 * middle)
 
 
-class _Rounded(NamedTuple):
-    """Rows as they are multiplied, with what bounds the errors of their products."""
-
-    rows: Float[Tensor, "rows d_in"]
-    norm: Float[Tensor, " rows"]
-    error: Float[Tensor, " rows"]  #: norm of what rounding took away, and of what summing in float32 may
-
-
 class _Product:
-    """`x W_enc^T + b_enc` in bfloat16, some tokens at a time, in one piece of memory."""
+    """`W_enc x^T + b_enc` in bfloat16, some tokens at a time, in one piece of memory.
+
+    Rows of W_enc come in the order of `search.folded`, and tokens by fours; those beyond the last are zero. The bias is
+    two more columns, what bfloat16 keeps of it and of the rest: to add it would read and write every result once more.
+    """
 
     def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, *, bounded: bool = True) -> None:
-        """bounded: whether margins are wanted; where not, they are zero and cost nothing."""
+        """bounded: whether the bound on errors is wanted."""
         dtype = torch.bfloat16 if multiplies_bfloat16(x.device) else torch.float32
-        rounded = _rounded if bounded else _unbounded
-        self.x, self.W, self.b = rounded(x, dtype), rounded(W_enc, dtype), b_enc.to(dtype)
-        self.norm, self.error = self.W.norm.max(), self.W.error.max()
-        self.b_error = (self.b - b_enc).abs().max()
-        self.tokens = max(_CHUNK_TOKENS, _CHUNK // len(W_enc))
+        self.d = x.shape[1]
+        width = -(-(self.d + 2) // _EVEN) * _EVEN
+        self.fold, self.tokens = fold_of(len(W_enc), x.device), max(_CHUNK_TOKENS, _CHUNK // max(1, len(W_enc)))
+        self.x = x.new_zeros(-(-len(x) // WORD) * WORD, width, dtype=dtype)
+        self.x[: len(x), : self.d], self.x[: len(x), self.d : self.d + 2] = x, 1
+        self.W = W_enc.new_empty(len(W_enc), width, dtype=dtype)
+        rows, bias = self.W.unflatten(0, (self.fold, -1)), folded(b_enc, self.fold)
+        rows[..., : self.d], rows[..., self.d], rows[..., self.d + 2 :] = folded(W_enc, self.fold), bias, 0
+        rows[..., self.d + 1] = bias - rows[..., self.d]
+        if bounded:
+            self.margin = self._margin(x, W_enc, b_enc)
 
-    def chunks(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """First token, pre-activations (overwritten by the next chunk) and a bound on their errors before the result is
-        rounded: `|x - x'| |w| + |x'| |w - w'| + |b - b'|` by Cauchy-Schwarz, the largest over features."""
-        n_tokens, n_features = len(self.x.rows), len(self.W.rows)
-        memory = self.b.new_empty(min(self.tokens, n_tokens), n_features)
-        for start in range(0, max(1, n_tokens), self.tokens):  # an empty chunk where there are no tokens
-            piece = slice(start, min(start + self.tokens, n_tokens))
-            margin = self.x.error[piece] * self.norm + self.x.norm[piece] * self.error + self.b_error
-            with _whole_sums(self.b.device):
-                pre = torch.addmm(self.b, self.x.rows[piece], self.W.rows.T, out=memory[: piece.stop - start])
-            yield start, pre.bfloat16(), margin
+    def _margin(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Float[Tensor, " padded_tokens"]:
+        """A bound on the errors of a token's results before they are rounded: `|x - x'| |w| + |x'| |w - w'| + |b - b'|`
+        by Cauchy-Schwarz, the largest over features, with what summing in float32 may lose."""
+        sums = self.W.shape[1] * 2.0**-24
+        norm, error = x.new_zeros(2, len(self.x), dtype=torch.float32)
+        norm[: len(x)], error[: len(x)] = _errors(x, self.x[: len(x), : self.d])
+        rows, exact = self.W.unflatten(0, (self.fold, -1)), folded(W_enc, self.fold)
+        blocks = [_errors(one, kept[:, : self.d]) for one, kept in zip(exact, rows, strict=True)]
+        longest, worst = (torch.stack([block[i].max() for block in blocks]).max() for i in (0, 1))
+        kept = rows[..., self.d].to(b_enc.dtype) + rows[..., self.d + 1]
+        bias = (kept - folded(b_enc, self.fold)).abs().max() + b_enc.abs().max() * sums
+        return error * longest + norm * (worst + 2 * sums * longest) + bias.float()
+
+    def chunks(self) -> Iterator[tuple[int, BFloat16[Tensor, "n_features tokens"]]]:
+        """First token and pre-activations, overwritten by the next chunk."""
+        n_features = len(self.W)
+        memory = self.W.new_empty(n_features * min(self.tokens, len(self.x)))
+        for start in range(0, len(self.x), self.tokens):
+            x = self.x[start : start + self.tokens]
+            with _whole_sums(x.device):
+                pre = torch.mm(self.W, x.T, out=memory[: n_features * len(x)].view(n_features, len(x)))
+            yield start, pre.bfloat16()
+
+
+def _errors(
+    exact: Float[Tensor, "rows d"], kept: Float[Tensor, "rows d"]
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """Norms of rows, a little too large, and of what rounding took away from them."""
+    pieces = zip(exact.split(_PIECE), kept.split(_PIECE), strict=True)  # small enough for the cache
+    error = torch.cat([(piece - short.to(piece.dtype)).norm(dim=1) for piece, short in pieces])
+    return exact.norm(dim=1).float() * 1.01, error.float()
 
 
 @contextmanager
@@ -156,44 +181,35 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or known is None or known()
 
 
-def _rounded(rows: Tensor, dtype: torch.dtype) -> _Rounded:
-    rounded = rows.to(dtype)
-    norm = rows.norm(dim=1).float() * 1.01
-    pieces = zip(rows.split(_PIECE), rounded.split(_PIECE), strict=True)  # small enough for the cache
-    error = torch.cat([(piece - short.to(piece.dtype)).norm(dim=1) for piece, short in pieces]).float()
-    return _Rounded(rounded, norm, error + norm * (rows.shape[1] * 2.0**-24))
-
-
-def _unbounded(rows: Tensor, dtype: torch.dtype) -> _Rounded:
-    zeros = rows.new_zeros(len(rows))
-    return _Rounded(rows.to(dtype), zeros, zeros)
-
-
-def _floor(level: Float[Tensor, " rows"]) -> tuple[Int16[Tensor, "rows 1"], Bool[Tensor, " rows"]]:
-    """The next bfloat16 below as an integer, and whether it is positive; where not, a level that nothing reaches."""
-    easy = level > 0
-    bits = (level.float().contiguous().view(torch.int32) >> 16).to(torch.int16)
-    return torch.where(easy, bits, _NEVER).to(torch.int16).unsqueeze(1), easy
-
-
-def _dense_top(x: Tensor, W: Tensor, b: Tensor, k: int, rows: Int[Tensor, " rows"]) -> Int[Tensor, " entries"]:
-    """Places in the flattened matrix of the k largest of some tokens, by the plain product."""
-    parts = [
-        (some.unsqueeze(1) * len(W) + torch.addmm(b, x[some], W.T).topk(k, dim=1, sorted=False).indices).flatten()
-        for some in rows.split(max(1, _CHUNK // len(W)))
-    ]
-    return torch.cat(parts).sort().values
+def _dense_top(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+    """The k largest of each token by the plain product: features, ascending, and values."""
+    found = []
+    for piece in x.split(max(1, _DENSE // len(W))):
+        value, feature = torch.addmm(b, piece, W.T).topk(k, dim=1, sorted=False)
+        feature, order = feature.sort(dim=1)
+        found.append((feature, value.gather(1, order)))
+    return torch.cat([one[0] for one in found]), torch.cat([one[1] for one in found])
 
 
 def _top_of_each(
-    token: Int[Tensor, " entries"], values: Float[Tensor, " entries"], n_tokens: int, k: int
-) -> Int[Tensor, " chosen"]:
-    """Which entries, ascending, are among the k largest of their token; `token` ascends."""
-    bits = values.float().view(torch.int32)
-    falling = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).bitwise_not_()  # integers in the opposite order of the floats
-    by_value = falling.sort().indices
-    narrow = torch.int16 if n_tokens <= 1 << 15 else torch.int32  # short keys sort faster
-    order = by_value.index_select(0, token.to(narrow).index_select(0, by_value).sort(stable=True).indices)
-    rank = torch.arange(len(token), device=token.device) - segment_starts(token, n_tokens).index_select(0, token)
-    keep = torch.zeros(len(token), dtype=torch.bool, device=token.device)
-    return keep.index_fill_(0, order[rank < k], True).nonzero().flatten()
+    flat: Int[Tensor, " entries"], x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int
+) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
+    """Of these places, ascending, the k with the largest exact values of each token: features, ascending, and values.
+
+    A token with fewer places than k, or with many times more, has the value -inf among them.
+    """
+    token, feature = split_places(flat, len(W_enc))
+    count = torch.bincount(token, minlength=len(x))
+    if (crowded := count > _CROWD * k).any():
+        return _top_of_each(flat[~crowded[token]], x, W_enc, b_enc, k)
+    starts = count.cumsum(0) - count
+    values = dots(x, W_enc, token, feature, starts) + b_enc.index_select(0, feature)
+    most = max(k, int(count.max()))
+    of_token, named = values.new_full((len(x), most), -torch.inf), feature.new_zeros(len(x), most)
+    place = token * most + torch.arange(len(flat), device=flat.device) - starts.index_select(0, token)
+    of_token.view(-1).index_copy_(0, place, values)
+    named.view(-1).index_copy_(0, place, feature)
+    chosen = torch.zeros_like(of_token, dtype=torch.bool)
+    chosen.scatter_(1, of_token.topk(k, dim=1, sorted=False).indices, True)
+    at = chosen.flatten().nonzero().view(len(x), k)
+    return named.view(-1)[at], of_token.view(-1)[at]

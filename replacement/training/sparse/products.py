@@ -27,9 +27,13 @@ def encode_active(
     W_enc: Float[Tensor, "n_features d_in"],
     b_enc: Float[Tensor, " n_features"],
     active: ActiveSet,
+    known: Float[Tensor, " entries"] | None = None,
 ) -> Float[Tensor, " entries"]:
-    """`x_t . W_enc_i + b_enc_i` for every active feature i at token t; gradients flow to all three arguments."""
-    return _Encode.apply(x, W_enc, b_enc, active)
+    """`x_t . W_enc_i + b_enc_i` for every active feature i at token t; gradients flow to all three arguments.
+
+    known: these values, where they are known already.
+    """
+    return _Encode.apply(x, W_enc, b_enc, active, known)
 
 
 def decode_active(
@@ -56,9 +60,11 @@ def decode_active(
 
 class _Encode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, active):
+    def forward(ctx, x, W_enc, b_enc, active, known):
         ctx.save_for_backward(x, W_enc)
         ctx.active = active
+        if known is not None:
+            return known.clone()
         return dots(x, W_enc, active.token, active.feature, active.starts) + b_enc.index_select(0, active.feature)
 
     @staticmethod
@@ -73,7 +79,7 @@ class _Encode(torch.autograd.Function):
             grad_W = sums(x, token, grad.index_select(0, order), starts)
         if ctx.needs_input_grad[2]:
             grad_b = _of_each_feature(grad, active)
-        return grad_x, grad_W, grad_b, None
+        return grad_x, grad_W, grad_b, None, None
 
 
 class _Decode(torch.autograd.Function):

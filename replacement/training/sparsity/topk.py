@@ -33,7 +33,8 @@ class TopKSparsity(Sparsity):
         first = of_all.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
         kept = torch.zeros_like(of_all, dtype=torch.bool).scatter_(1, first, True)
         at = kept[:, axis.place * own : (axis.place + 1) * own].flatten().nonzero().flatten()
-        return ActiveSet(active.token[at], active.feature[at], active.n_tokens, active.n_features)
+        pre = values.flatten()[at]
+        return ActiveSet(active.token[at], active.feature[at], active.n_tokens, active.n_features, pre)
 
     def export(self, encoder: Encoder) -> Exported:
         """Rows keep their length: which are the largest would change with it."""
