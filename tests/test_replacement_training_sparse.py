@@ -85,19 +85,28 @@ def test_one_unusual_token_does_not_lift_all(factor: float) -> None:
     assert 0 < float(choice._lift(x[3:], W_enc, b_enc, 16)) < 2 * usual
 
 
-@pytest.mark.parametrize("n_features", [64, 40, 33])
-def test_a_search_finds_what_is_above_each_tokens_level(n_features: int) -> None:
-    """Comparing bits as integers, words at a time, is comparing positive floats; entries come by token and feature."""
-    pre = torch.randn(12, n_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+def test_comparing_bits_is_comparing_positive_floats() -> None:
+    pre = torch.randn(33, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
     pre[0, 0], pre[0, 1], pre[0, 2] = torch.tensor(0.8), -torch.inf, torch.inf
-    pre[1], pre[2] = 3.0, -1.0
-    fold = search.fold_of(n_features, pre.device)
-    found = search.Search(n_features, fold, pre.device)
-    for start in (0, 8):
-        piece = search.folded(pre[start : start + 8].T, fold).flatten(0, 1).contiguous()
-        found.add(search.as_bits(piece), search.level_above(0.8, piece.shape[1], pre.device), start)
-    expected = (pre > torch.tensor(0.8).bfloat16()).flatten().nonzero().flatten()
-    assert torch.equal(found.found(12), expected) and (fold > 1) == (n_features % 2 == 0)
+    above = (pre > torch.tensor(0.8).bfloat16()).flatten().nonzero().flatten()
+    assert torch.equal(search.at_least(search.as_bits(pre), search.level_above(0.8, 50, pre.device)), above)
+    levels = torch.linspace(-1, 2, 50)
+    below = (pre >= levels.bfloat16()) & (levels > 0)
+    found = torch.zeros_like(below).flatten()
+    found[search.at_least(search.as_bits(pre), search.level_below(levels))] = True
+    assert (found.view(33, 50) >= below).all() and not found.view(33, 50)[:, levels <= 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.float32, torch.float64])
+def test_sorting_and_searching_are_torchs(dtype) -> None:
+    """Whoever does it: with repeated numbers, and where there is nothing."""
+    numbers = torch.randint(-9, 9, (6, 20), generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(search.kth_largest(numbers, 3), numbers.sort(dim=1, descending=True).values[:, 2])
+    assert torch.equal(search.kth_largest(numbers.T, 6), numbers.T.amin(1))
+    assert torch.equal(search.places(numbers > 0), (numbers > 0).flatten().nonzero().flatten())
+    if not dtype.is_floating_point:
+        assert torch.equal(search.ascending(numbers.flatten()), numbers.flatten().sort().values)
+        assert not len(search.ascending(numbers[:0].flatten())) and not len(search.places(numbers[:0] > 0))
 
 
 def test_selection_is_the_comparison_with_the_threshold() -> None:
@@ -123,8 +132,7 @@ def test_the_margin_bounds_what_rounding_does(seed: int, scale: float) -> None:
     product = choice._Product(x, W_enc, b_enc)
     ((_, pre),) = product.chunks()
     exact = x.double() @ W_enc.double().T + b_enc
-    rows = search.folded(exact.T, product.fold).flatten(0, 1)
-    error = (pre.double() - rows).abs() - rows.abs() * 2.0**-8 * 1.01
+    error = (pre.double() - exact.T).abs() - exact.T.abs() * 2.0**-8 * 1.01
     assert (error <= product.margin).all()
 
 

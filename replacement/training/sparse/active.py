@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from replacement.training.sparse.search import ascending
+
 
 class ByFeature(NamedTuple):
     """The entries of an `ActiveSet` in the order of their features, as sums over a feature's tokens need them."""
@@ -66,7 +68,7 @@ def split_places(
 
 def in_order(parts: list[Int[Tensor, " _"]], size: int) -> Int[Tensor, " entries"]:
     """All places below `size`, ascending; sorted all at once, which is faster than part by part."""
-    return torch.cat(parts).to(narrowest(size)).sort().values.long()
+    return ascending(torch.cat(parts).to(narrowest(size))).long()
 
 
 def narrowest(size: int) -> torch.dtype:

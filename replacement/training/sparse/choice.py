@@ -14,9 +14,16 @@ import torch
 from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
-from replacement.training.sparse.active import ActiveSet, active_at, split_places
+from replacement.training.sparse.active import ActiveSet, active_at, in_order, split_places
 from replacement.training.sparse.products import dots
-from replacement.training.sparse.search import WORD, Search, as_bits, fold_of, folded, level_above, level_below
+from replacement.training.sparse.search import (
+    as_bits,
+    at_least,
+    kth_largest,
+    level_above,
+    level_below,
+    places,
+)
 
 _CHUNK = 1 << 20  # pre-activations held at once,
 _CHUNK_TOKENS = 256  # but of at least this many tokens, or the product slows down
@@ -45,11 +52,10 @@ def select_above(
     threshold: float = 1.0,
 ) -> ActiveSet:
     """The features whose pre-activation `x . W_enc_i + b_enc_i` is above a positive threshold, as bfloat16 tells."""
-    product = _Product(x, W_enc, b_enc, bounded=False)
-    search = Search(len(W_enc), product.fold, x.device)
-    for start, pre in product.chunks():
-        search.add(as_bits(pre), level_above(threshold, pre.shape[1], x.device), start)
-    return active_at(search.found(len(x)), len(x), len(W_enc))
+    found = []
+    for start, pre in _Product(x, W_enc, b_enc, bounded=False).chunks():
+        found.append(_flat(as_bits(pre), level_above(threshold, pre.shape[1], x.device), start))
+    return active_at(in_order(found, len(x) * len(W_enc)), len(x), len(W_enc))
 
 
 @torch.no_grad()
@@ -65,25 +71,31 @@ def select_top(
     taken.
     """
     k = min(k, len(W_enc))
-    groups = 1 << (4 * k - 1).bit_length()  # the k-th largest of so many maxima is near the k-th largest of all
-    if 4 * groups > len(W_enc) or not len(x):
+    groups = 1 << (8 * k - 1).bit_length()  # the k-th largest of so many maxima is near the k-th largest of all
+    if 2 * groups > len(W_enc) or not len(x):
         return _each(*_dense_top(x, W_enc, b_enc, k), len(W_enc))
     lift = _lift(x, W_enc, b_enc, k)
     product = _Product(x, W_enc, b_enc + lift)
-    search, levels, size = Search(len(W_enc), product.fold, x.device), [], len(W_enc) // groups
+    size, found, levels = len(W_enc) // groups, [], []
     for start, pre in product.chunks():
         bits = as_bits(pre)
-        highest = bits[: size * groups].unflatten(0, (size, groups)).amax(0).T.int()
-        kth = highest.topk(k, sorted=False).values.amin(1).to(torch.int16).view(torch.bfloat16).float()
+        highest = bits[: size * groups].unflatten(0, (size, groups)).amax(0)
+        kth = kth_largest(highest.T, k).view(torch.bfloat16).float()
         margin = product.margin[start : start + len(kth)]
         levels.append(level_below((kth * (1 - _RESULT) - margin) * (1 - _RESULT)))  # nearly all are then certain
-        search.add(bits, levels[-1], start)
-    feature, pre = _top_of_each(search.found(len(x)), x, W_enc, b_enc, k)
-    level = torch.cat(levels)[: len(x)].view(torch.bfloat16)  # what was not found is below it
-    certain = level <= (pre.amin(1) + lift - product.margin[: len(x)]) * (1 - _RESULT)
-    rest = (~certain).nonzero().flatten()
+        found.append(_flat(bits, levels[-1], start))
+    feature, pre = _top_of_each(in_order(found, len(x) * len(W_enc)), x, W_enc, b_enc, k)
+    level = torch.cat(levels).view(torch.bfloat16)  # what was not found is below it
+    rest = places(~(level <= (pre.amin(1) + lift - product.margin) * (1 - _RESULT)))  # not certain
     feature[rest], pre[rest] = _dense_top(x[rest], W_enc, b_enc, k)
     return _each(feature, pre, len(W_enc))
+
+
+def _flat(bits: Tensor, level: Tensor, start: int) -> Int[Tensor, " entries"]:
+    """What reaches the level of its token, of tokens from `start` on, as places in [tokens, n_features]."""
+    place, (n_features, n_tokens) = at_least(bits, level), bits.shape
+    feature = torch.div(place, n_tokens, rounding_mode="floor")
+    return (place - feature * n_tokens + start) * n_features + feature
 
 
 def _each(feature: Int[Tensor, "tokens k"], pre: Float[Tensor, "tokens k"], n_features: int) -> ActiveSet:
@@ -109,47 +121,50 @@ def _lift(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor | float:
 class _Product:
     """`W_enc x^T + b_enc` in bfloat16, some tokens at a time, in one piece of memory.
 
-    Rows of W_enc come in the order of `search.folded`, and tokens by fours; those beyond the last are zero. The bias is
-    two more columns, what bfloat16 keeps of it and of the rest: to add it would read and write every result once more.
+    The few tokens come second, so that little is packed anew for each chunk. The bias is two more columns, what
+    bfloat16 keeps of it and of the rest: to add it would read and write every result once more.
     """
 
     def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, *, bounded: bool = True) -> None:
         """bounded: whether the bound on errors is wanted."""
         dtype = torch.bfloat16 if multiplies_bfloat16(x.device) else torch.float32
-        self.d = x.shape[1]
-        width = -(-(self.d + 2) // _EVEN) * _EVEN
-        self.fold, self.tokens = fold_of(len(W_enc), x.device), max(_CHUNK_TOKENS, _CHUNK // max(1, len(W_enc)))
-        self.x = x.new_zeros(-(-len(x) // WORD) * WORD, width, dtype=dtype)
-        self.x[: len(x), : self.d], self.x[: len(x), self.d : self.d + 2] = x, 1
-        self.W = W_enc.new_empty(len(W_enc), width, dtype=dtype)
-        rows, bias = self.W.unflatten(0, (self.fold, -1)), folded(b_enc, self.fold)
-        rows[..., : self.d], rows[..., self.d], rows[..., self.d + 2 :] = folded(W_enc, self.fold), bias, 0
-        rows[..., self.d + 1] = bias - rows[..., self.d]
+        self.tokens = max(_CHUNK_TOKENS, _CHUNK // max(1, len(W_enc)))
+        one = torch.ones(1, dtype=dtype, device=x.device)
+        high = b_enc.to(dtype)
+        self.x = _extended(x, one, one)
+        self.W = _extended(W_enc, high, (b_enc - high).to(dtype))
         if bounded:
             self.margin = self._margin(x, W_enc, b_enc)
 
-    def _margin(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Float[Tensor, " padded_tokens"]:
+    def _margin(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Float[Tensor, " tokens"]:
         """A bound on the errors of a token's results before they are rounded: `|x - x'| |w| + |x'| |w - w'| + |b - b'|`
         by Cauchy-Schwarz, the largest over features, with what summing in float32 may lose."""
-        sums = self.W.shape[1] * 2.0**-24
-        norm, error = x.new_zeros(2, len(self.x), dtype=torch.float32)
-        norm[: len(x)], error[: len(x)] = _errors(x, self.x[: len(x), : self.d])
-        rows, exact = self.W.unflatten(0, (self.fold, -1)), folded(W_enc, self.fold)
-        blocks = [_errors(one, kept[:, : self.d]) for one, kept in zip(exact, rows, strict=True)]
-        longest, worst = (torch.stack([block[i].max() for block in blocks]).max() for i in (0, 1))
-        kept = rows[..., self.d].to(b_enc.dtype) + rows[..., self.d + 1]
-        bias = (kept - folded(b_enc, self.fold)).abs().max() + b_enc.abs().max() * sums
+        d, sums = x.shape[1], self.W.shape[1] * 2.0**-24
+        norm, error = _errors(x, self.x[:, :d])
+        longest, worst = (each.max() for each in _errors(W_enc, self.W[:, :d]))
+        kept = self.W[:, d].to(b_enc.dtype) + self.W[:, d + 1]
+        bias = (kept - b_enc).abs().max() + b_enc.abs().max() * sums
         return error * longest + norm * (worst + 2 * sums * longest) + bias.float()
 
     def chunks(self) -> Iterator[tuple[int, BFloat16[Tensor, "n_features tokens"]]]:
         """First token and pre-activations, overwritten by the next chunk."""
         n_features = len(self.W)
         memory = self.W.new_empty(n_features * min(self.tokens, len(self.x)))
-        for start in range(0, len(self.x), self.tokens):
+        for start in range(0, max(1, len(self.x)), self.tokens):  # an empty chunk where there are no tokens
             x = self.x[start : start + self.tokens]
             with _whole_sums(x.device):
                 pre = torch.mm(self.W, x.T, out=memory[: n_features * len(x)].view(n_features, len(x)))
             yield start, pre.bfloat16()
+
+
+def _extended(rows: Float[Tensor, "rows d"], *columns: Float[Tensor, " rows_or_1"]) -> Float[Tensor, "rows width"]:
+    """Rows in the columns' precision with these further ones, and zeros up to a length that multiplies fast."""
+    d = rows.shape[1]
+    out = rows.new_zeros(len(rows), -(-(d + len(columns)) // _EVEN) * _EVEN, dtype=columns[0].dtype)
+    out[:, :d] = rows
+    for at, column in enumerate(columns, d):
+        out[:, at] = column
+    return out
 
 
 def _errors(
@@ -209,7 +224,9 @@ def _top_of_each(
     place = token * most + torch.arange(len(flat), device=flat.device) - starts.index_select(0, token)
     of_token.view(-1).index_copy_(0, place, values)
     named.view(-1).index_copy_(0, place, feature)
-    chosen = torch.zeros_like(of_token, dtype=torch.bool)
-    chosen.scatter_(1, of_token.topk(k, dim=1, sorted=False).indices, True)
-    at = chosen.flatten().nonzero().view(len(x), k)
+    chosen = of_token >= kth_largest(of_token, k)[:, None]
+    uneven = places(chosen.sum(1) != k)  # equals, or too few
+    first = of_token[uneven].topk(k, dim=1, sorted=False).indices
+    chosen[uneven] = torch.zeros_like(chosen[uneven]).scatter_(1, first, True)
+    at = places(chosen).view(len(x), k)
     return named.view(-1)[at], of_token.view(-1)[at]
