@@ -5,8 +5,9 @@
 PYTHON names the interpreter of an environment that has the tool; a tool without one is left out. Every row is a process
 of its own with one thread, reads the same file in the same order, and is judged on the same held-out tokens. `of the
 floor` is a step's CPU time in units of what seems the least: the encoder's product (fp32) and Adam's pass over the
-weights, measured in the same run. Peak memory counts from after the imports. Learning rates: sparsify's signum at its
-own default, every Adam at a rate that suits short runs (see the scripts in `peers/`).
+weights, measured just before and just after the row, as machines change their pace within minutes. Peak memory counts
+from after the imports. Learning rates: sparsify's signum at its own default, every Adam at a rate that suits short runs
+(see the scripts in `peers/`).
 """
 
 from __future__ import annotations
@@ -91,13 +92,17 @@ def run(row: Row, interpreter: str, data: Path, features: int, options: argparse
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def _floor(data: Path, features: int, options: argparse.Namespace) -> float:
+    """Seconds of an encoder's product and of Adam's pass over the weights, now."""
+    return sum(run(Row("own", "floor", ""), sys.executable, data, features, options).values())
+
+
 def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def _cells(row: Row, figures: dict[str, float], floor: dict[str, float], batch_tokens: int) -> list[str]:
+def _cells(row: Row, figures: dict[str, float], batch_tokens: int) -> list[str]:
     step = batch_tokens / figures["tokens_per_cpu_second"]
-    least = floor["product_seconds"] + floor["adam_seconds"]
     return [
         row.group,
         row.tool if row.tool != "own" else "circuits",
@@ -105,7 +110,8 @@ def _cells(row: Row, figures: dict[str, float], floor: dict[str, float], batch_t
         f"{figures['tokens_per_cpu_second']:,.0f}",
         f"{figures['tokens_per_second']:,.0f}",
         f"{step * 1e3:,.0f}",
-        f"{step / least:.2f}",
+        f"{1e3 * figures['floor_seconds']:,.0f}",
+        f"{step / figures['floor_seconds']:.2f}",
         f"{figures['peak_bytes'] / 1e6:,.0f}",
         f"{figures['fvu']:.4f}",
         f"{figures['l0']:.1f}",
@@ -135,17 +141,18 @@ def main() -> None:
         data = Path(scratch) / "activations.bin"
         write_mixture(data, tokens=options.steps * options.batch_tokens + HELD_OUT, width=options.width)
         for features in options.features:
-            floor = run(Row("own", "floor", ""), sys.executable, data, features, options)
-            least = 1e3 * (floor["product_seconds"] + floor["adam_seconds"])
-            table = Table(title=f"{features:,} features, {options.steps} steps; product and Adam: {least:.0f} ms")
+            table = Table(title=f"{features:,} features, {options.steps} steps")
             for name in ("group", "tool", "kind"):
                 table.add_column(name)
-            for name in ("tokens/CPU-s", "tokens/s", "ms/step", "of the floor", "peak MB", "FVU", "L0"):
+            for name in ("tokens/CPU-s", "tokens/s", "ms/step", "floor", "of the floor", "peak MB", "FVU", "L0"):
                 table.add_column(name, justify="right")
+            before = _floor(data, features, options)
             for row in chosen:
                 figures = run(row, interpreters[row.tool], data, features, options)
-                table.add_row(*_cells(row, figures, floor, options.batch_tokens))
-                results.append({**row._asdict(), "features": features, "steps": options.steps, **floor, **figures})
+                after = _floor(data, features, options)
+                figures["floor_seconds"], before = (before + after) / 2, after
+                table.add_row(*_cells(row, figures, options.batch_tokens))
+                results.append({**row._asdict(), "features": features, "steps": options.steps, **figures})
                 print(f"{features} {row.tool} {row.kind}: {figures}", file=sys.stderr)
             Console(width=140).print(table)
     if options.json:

@@ -106,6 +106,10 @@ def test_sorting_and_searching_are_torchs(dtype) -> None:
     assert torch.equal(search.places(numbers > 0), (numbers > 0).flatten().nonzero().flatten())
     if not dtype.is_floating_point:
         assert torch.equal(search.ascending(numbers.flatten()), numbers.flatten().sort().values)
+        for size in (100, 1 << 40):
+            quotient, remainder = search.divided(numbers.flatten().abs(), 4, size=size)
+            assert torch.equal(quotient * 4 + remainder, numbers.flatten().abs().long())
+            assert remainder.min() >= 0 and remainder.max() == 3
         assert not len(search.ascending(numbers[:0].flatten())) and not len(search.places(numbers[:0] > 0))
 
 

@@ -18,23 +18,22 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from replacement.training import Plan, TrainingConfig, train
+from replacement.training.kinds import sites
 
 READ, WRITE = "blocks.0.mlp.hook_in", "blocks.0.mlp.hook_out"
 RATE = 8e-3  # short runs want a high one
 
 
 class Source:
-    """The file's batches by the names of two hooks."""
+    """The file's batches by the names of the hooks that a kind has to do with."""
 
-    sites = (READ, WRITE)
-
-    def __init__(self, activations: Activations) -> None:
-        self.activations = activations
+    def __init__(self, activations: Activations, plan: Plan) -> None:
+        self.activations, self.sites = activations, sites([plan])
 
     def batch(self, index: int) -> dict[str, Tensor]:
         """One batch of the file."""
-        x, y = self.activations.batch(index)
-        return {READ: x, WRITE: y}
+        both = dict(zip((READ, WRITE), self.activations.batch(index), strict=True))
+        return {name: both[name] for name in self.sites}
 
 
 def run(options: argparse.Namespace, activations: Activations):
@@ -53,7 +52,7 @@ def run(options: argparse.Namespace, activations: Activations):
         warmup_steps=options.steps // 20,
     )
     plan = Plan(0, (READ,), (READ,) if kind == "sae" else (WRITE,), kind == "skip_transcoder")
-    (dictionary,) = train(Source(activations), [plan], config=config, show_progress=False).dictionaries()
+    (dictionary,) = train(Source(activations, plan), [plan], config=config, show_progress=False).dictionaries()
 
     def approximate(x: Tensor) -> tuple[Tensor, float]:
         features = dictionary.encode(x)

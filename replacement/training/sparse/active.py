@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from replacement.training.sparse.search import ascending
+from replacement.training.sparse.search import ascending, divided
 
 
 class ByFeature(NamedTuple):
@@ -55,15 +55,8 @@ def segment_starts(segment: Int[Tensor, " entries"], n_segments: int) -> Int[Ten
 
 def active_at(flat: Int[Tensor, " entries"], n_tokens: int, n_features: int) -> ActiveSet:
     """The set of these places, ascending, in the flattened [n_tokens, n_features] matrix."""
-    return ActiveSet(*split_places(flat, n_features), n_tokens, n_features)
-
-
-def split_places(
-    flat: Int[Tensor, " entries"], n_features: int
-) -> tuple[Int[Tensor, " entries"], Int[Tensor, " entries"]]:
-    """Tokens and features of places in the flattened matrix."""
-    token = torch.div(flat, n_features, rounding_mode="floor")
-    return token, flat - token * n_features
+    token, feature = divided(flat, n_features, size=n_tokens * n_features)
+    return ActiveSet(token, feature, n_tokens, n_features)
 
 
 def in_order(parts: list[Int[Tensor, " _"]], size: int) -> Int[Tensor, " entries"]:

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import BFloat16, Float, Int
 from torch import Tensor
 
-from replacement.training.sparse.active import ActiveSet, active_at, in_order, split_places
+from replacement.training.sparse.active import ActiveSet, active_at, in_order
 from replacement.training.sparse.products import dots
 from replacement.training.sparse.search import (
     as_bits,
     at_least,
+    divided,
     kth_largest,
     level_above,
     level_below,
@@ -93,9 +94,8 @@ def select_top(
 
 def _flat(bits: Tensor, level: Tensor, start: int) -> Int[Tensor, " entries"]:
     """What reaches the level of its token, of tokens from `start` on, as places in [tokens, n_features]."""
-    place, (n_features, n_tokens) = at_least(bits, level), bits.shape
-    feature = torch.div(place, n_tokens, rounding_mode="floor")
-    return (place - feature * n_tokens + start) * n_features + feature
+    feature, token = divided(at_least(bits, level), len(level), size=bits.numel())
+    return (token + start) * len(bits) + feature
 
 
 def _each(feature: Int[Tensor, "tokens k"], pre: Float[Tensor, "tokens k"], n_features: int) -> ActiveSet:
@@ -213,7 +213,7 @@ def _top_of_each(
 
     A token with fewer places than k, or with many times more, has the value -inf among them.
     """
-    token, feature = split_places(flat, len(W_enc))
+    token, feature = divided(flat, len(W_enc), size=len(x) * len(W_enc))
     count = torch.bincount(token, minlength=len(x))
     if (crowded := count > _CROWD * k).any():
         return _top_of_each(flat[~crowded[token]], x, W_enc, b_enc, k)
@@ -228,5 +228,6 @@ def _top_of_each(
     uneven = places(chosen.sum(1) != k)  # equals, or too few
     first = of_token[uneven].topk(k, dim=1, sorted=False).indices
     chosen[uneven] = torch.zeros_like(chosen[uneven]).scatter_(1, first, True)
-    at = places(chosen).view(len(x), k)
-    return named.view(-1)[at], of_token.view(-1)[at]
+    at = places(chosen)
+    found, kept = (each.view(-1).index_select(0, at).view(len(x), k) for each in (named, of_token))
+    return found, kept

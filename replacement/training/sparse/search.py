@@ -46,6 +46,16 @@ def places(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " true"]:
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
+def divided(integers: Int[Tensor, " n"], by: int, *, size: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Quotients and remainders of what is not negative and below `size`."""
+    if integers.device.type != "cpu":
+        quotient = torch.div(integers, by, rounding_mode="floor")
+        return quotient, integers - quotient * by
+    narrow = (integers.int() if size <= 1 << 31 else integers).numpy()
+    of_each = narrow // max(1, by)
+    return torch.from_numpy(of_each).long(), torch.from_numpy(narrow - of_each * by).long()
+
+
 def ascending(integers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The same integers, sorted."""
     if integers.device.type != "cpu":
@@ -58,4 +68,4 @@ def kth_largest(x: Shaped[Tensor, "rows n"], k: int) -> Shaped[Tensor, " rows"]:
     if x.device.type != "cpu":
         return x.topk(k, dim=1, sorted=False).values.amin(1)
     at = x.shape[1] - k
-    return torch.from_numpy(np.partition(x.numpy(), at, axis=1)[:, at])
+    return torch.from_numpy(np.partition(x.contiguous().numpy(), at, axis=1)[:, at])
