@@ -150,6 +150,7 @@ def diff_models(
     names: tuple[str, str],
     out: Path,
     data: str = "atlas-changed",
+    text_field: str = "text",
     layer: int | None = None,
     site: str = "hook_resid_post",
     features: int = 512,
@@ -165,7 +166,7 @@ def diff_models(
     """Train a BatchTopK crosscoder on two models, or take a stored one, and say which features are whose.
 
     bridges: the models under the names "base" and "tuned". names: how they are called in reports. out: folder of the
-    crosscoder where one is trained; a stopped run goes on there. data: as of `open_tokens`; text on
+    crosscoder where one is trained; a stopped run goes on there. data, text_field: as of `open_tokens`; text on
     which the models differ should be in it. layer, site: where both are read; None for the layer at which they differ
     most at few tokens (`layer_differences`). features, k, tokens: of the training. held_out: tokens to measure on.
     context: tokens of a row. top: features listed of each model. crosscoder: a folder to take instead of training.
@@ -175,7 +176,7 @@ def diff_models(
     if min(held_out, top, tokens) < 1:
         raise InputError(f"diff_models(tokens={tokens}, held_out={held_out}, top={top}): each must be at least 1")
     base, context = bridges[BASE], min(context, *(int(one.cfg.n_ctx) for one in bridges.values()))
-    source = open_tokens(data, model=base, context=context, split="held_out", seed=seed)
+    source = open_tokens(data, model=base, context=context, split="held_out", text_field=text_field, seed=seed)
     layers = layer_differences(bridges, source.batch(0, _DOCUMENTS))
     if crosscoder is None:
         chosen = layer if layer is not None else max(layers, key=lambda one: one.largest - one.typical).layer
@@ -184,8 +185,8 @@ def diff_models(
             batch_tokens=min(1024, tokens), buffer_bytes=64_000_000, start="samples",
         )  # fmt: skip
         trained = run(
-            bridges, model=" and ".join(names), data=data, config=config, out=out / "crosscoder", context=context,
-            documents=_DOCUMENTS, show_progress=show_progress,
+            bridges, model=" and ".join(names), data=data, text_field=text_field, config=config, out=out / "crosscoder",
+            context=context, documents=_DOCUMENTS, show_progress=show_progress,
         )  # fmt: skip
         crosscoder = trained.folder
     found = load_crosscoder(crosscoder)

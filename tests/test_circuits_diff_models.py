@@ -78,6 +78,16 @@ def test_a_pair_is_compared_in_one_command(place: Path, tmp_path: Path, capsys) 
     said = capsys.readouterr().out
     assert "What makes their predictions differ" in said and "Only the tuned model writes this" in said
     assert "shared" in said and str(tmp_path / "again") in said
+    documents = (place / "text.txt").read_text(encoding="utf-8").split("<|endoftext|>")
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"body": one}) + "\n" for one in documents), encoding="utf-8"
+    )
+    assert main([*again, "--data", str(tmp_path / "text.jsonl"), "--text-field", "body"]) == 0
+    third = json.loads(capsys.readouterr().out)
+    assert all(third[name] == second[name] for name in ("counts", "differing", "tokens", "l0"))
+    assert main([*again, "--data", str(tmp_path / "text.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "has no field 'text'; its fields: body" in said and said.count("\n") == 1
 
 
 def test_how_far_apart_streams_are_is_measured_on_text(place: Path) -> None:
@@ -132,6 +142,7 @@ def test_models_that_cannot_be_compared_are_refused(place: Path, tmp_path: Path,
         "atlas only": [str(place / "base"), str(place / "tuned"), "--data", "atlas-changed"],
         "each must be at least 1": [str(place / "base"), str(place / "tuned"), "--held-out", "0"],
     }
+    capsys.readouterr()  # what saving models said
     for words, given in cases.items():
         data = [] if "--data" in given else ["--data", str(place / "text.txt")]
         assert main(["diff-models", *given, *data, *SMALL[:6], "--context", "16", "-o", str(tmp_path / "out")]) == 2

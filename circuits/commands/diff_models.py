@@ -24,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--crosscoder", type=Path, metavar="DIR", help="take this one, train none")
     text = "text that shows the difference: 'atlas', 'atlas-changed', a text or .jsonl file, or hf:owner/name"
     add(what, DIFF, "--data", text)
+    add(what, DIFF, "--text-field", "of JSON objects", metavar="NAME")
     what.add_argument("--layer", type=int, metavar="N", help="layer to read (default: where a few tokens differ most)")
     add(what, DIFF, "--site", "hook to read there, in both models")
     add(what, DIFF, "--features", "features of the crosscoder", type=int, metavar="N")
@@ -61,13 +62,13 @@ def run(arguments: argparse.Namespace) -> None:
     names = {BASE: arguments.base, TUNED: arguments.tuned}
     bridges = {which: load_bridge(name, DTYPES[arguments.dtype], arguments.device)[0] for which, name in names.items()}
     out = arguments.output or Path("circuits-out", "-to-".join(_short(name) for name in names.values()))
-    given = ("data", "layer", "site", "features", "k", "tokens", "held_out", "context", "top", "seed", "crosscoder")
+    training = ("data", "text_field", "layer", "site", "features", "k", "tokens", "context", "seed", "crosscoder")
     compared = diff_models(
         bridges,
         names=(arguments.base, arguments.tuned),
         out=out,
         show_progress=not arguments.json,
-        **{name: getattr(arguments, name) for name in given},
+        **{name: getattr(arguments, name) for name in (*training, "held_out", "top")},
     )
     found = finite(as_json(compared))
     out.mkdir(parents=True, exist_ok=True)
