@@ -26,8 +26,8 @@ from replacement.training.sparse.search import (
     places,
 )
 
-_CHUNK = 1 << 20  # pre-activations held at once,
-_CHUNK_TOKENS = 256  # but of at least this many tokens, or the product slows down
+_CHUNK = 1 << 20  # pre-activations held at once, or four times as many,
+_FAST_TOKENS, _LEAST_TOKENS = 256, 128  # so that they are of so many tokens: with fewer the product slows down
 _RESULT = 2.0**-7  # bounds the relative error of rounding a result to bfloat16, twice over
 _SAMPLE = 32  # tokens that tell where the k-th largest pre-activations lie
 _PIECE = 512  # rows whose rounding errors are measured at once
@@ -128,7 +128,8 @@ class _Product:
     def __init__(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, *, bounded: bool = True) -> None:
         """bounded: whether the bound on errors is wanted."""
         dtype = torch.bfloat16 if multiplies_bfloat16(x.device) else torch.float32
-        self.tokens = max(_CHUNK_TOKENS, _CHUNK // max(1, len(W_enc)))
+        usual = _CHUNK // max(1, len(W_enc))
+        self.tokens = max(usual, min(4 * usual, _FAST_TOKENS), _LEAST_TOKENS)
         one = torch.ones(1, dtype=dtype, device=x.device)
         high = b_enc.to(dtype)
         self.x = _extended(x, one, one)
