@@ -142,8 +142,8 @@ class Coder(nn.Module):
 
     @torch.no_grad()
     def _observe(self, activations: Float[Tensor, " entries"], active: ActiveSet) -> None:
-        count = activations.new_zeros(len(self.W_dec)).index_add_(0, active.feature, (activations != 0).float())
-        fired = self.mesh.data.any(count > 0)
+        fires = (activations != 0).float()
+        fired = self.mesh.data.any(fires.new_zeros(len(self.W_dec)).index_add_(0, active.feature, fires) > 0)
         self.since_fired.add_(active.n_tokens * self.mesh.data.size).masked_fill_(fired, 0)
         self.sparsity.observe(activations, active, fired)
 

@@ -22,8 +22,10 @@ def mean_square(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "tokens prefixes d_out"]]:
     """The mean square of `wanted - sum of written`, and that error itself, which is held fixed.
 
-    written: parts of `[tokens, prefixes, d_out]`, or broadcast to it; gradients flow to them. The first has that shape.
+    written: parts of `[tokens, prefixes, d_out]`, as the first is, or broadcast to it; gradients flow to them, and none
+    to `wanted`.
     """
+    assert written[0].shape == torch.broadcast_shapes(*(part.shape for part in written)) and not wanted.requires_grad
     loss, error = _MeanSquare.apply(wanted, *written)
     return loss, error
 
@@ -37,13 +39,13 @@ class _MeanSquare(torch.autograd.Function):
         ctx.save_for_backward(error)
         ctx.shapes = [part.shape for part in written]
         ctx.mark_non_differentiable(error)
-        return total_square(error) / error.numel(), error
+        return total_square(error) / max(1, error.numel()), error
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (error,) = ctx.saved_tensors
-        whole = error * (grad * (-2 / error.numel()))
+        whole = error * (grad * (-2 / max(1, error.numel())))
         needed = zip(ctx.shapes, ctx.needs_input_grad[1:], strict=True)
         return None, *(whole.sum_to_size(shape) if wants else None for shape, wants in needed)
 

@@ -158,7 +158,7 @@ class Trainee(nn.Module):
 
     def _of_all(self, own: list[Tensor]) -> list[Tensor]:
         """What adds up to what the features of all processes write at a site."""
-        return own if self.mesh.features.size == 1 else [self.mesh.features.add(torch.stack(own).sum(0))]
+        return own if self.mesh.features.size == 1 else [self.mesh.features.add(sum(own[1:], start=own[0]))]
 
     def error_of(self, coder: Coder, errors: dict[str, Tensor]) -> Float[Tensor, "tokens n_writes d_out"]:
         """What all dictionaries missed at the sites that a coder writes."""

@@ -33,7 +33,7 @@ class ActiveSet:
     n_tokens: int
     n_features: int
     pre: Float[Tensor, " entries"] | None = None
-    """Pre-activations, where choosing the entries took their exact values: of the inputs and weights of that choice."""
+    """Pre-activations as `products.dots` gives them, where the choice took them: of its inputs and weights."""
 
     @cached_property
     def starts(self) -> Int[Tensor, " n_tokens"]:

@@ -32,7 +32,9 @@ _RESULT = 2.0**-7  # bounds the relative error of rounding a result to bfloat16,
 _SAMPLE = 32  # tokens that tell where the k-th largest pre-activations lie
 _PIECE = 512  # rows whose rounding errors are measured at once
 _EVEN = 16  # lengths of rows that multiply fast are multiples of this
-_CROWD = 16  # times k: a token with more candidates takes the plain product
+_CROWD = 4  # times k, and no fewer than
+_FEW = 64  # candidates: a token with more takes the plain product
+_SHORT = 1e-15  # squares of what rounding takes away from shorter rows underflow
 _DENSE = 1 << 20  # pre-activations held at once where all are needed
 
 
@@ -68,13 +70,12 @@ def select_top(
 ) -> ActiveSet:
     """The k largest pre-activations `x . W_enc_i + b_enc_i` of each token, also where they are negative (TopK).
 
-    Every token gets min(k, n_features) entries, with their pre-activations; decided in float32, between equals any is
-    taken.
+    Every token gets min(k, n_features) entries; decided in the precision of x, between equals any is taken.
     """
     k = min(k, len(W_enc))
     groups = 1 << (8 * k - 1).bit_length()  # the k-th largest of so many maxima is near the k-th largest of all
     if 2 * groups > len(W_enc) or not len(x):
-        return _each(*_dense_top(x, W_enc, b_enc, k), len(W_enc))
+        return _each(_dense_top(x, W_enc, b_enc, k), None, len(W_enc))
     lift = _lift(x, W_enc, b_enc, k)
     product = _Product(x, W_enc, b_enc + lift)
     size, found, levels = len(W_enc) // groups, [], []
@@ -88,7 +89,9 @@ def select_top(
     feature, pre = _top_of_each(in_order(found, len(x) * len(W_enc)), x, W_enc, b_enc, k)
     level = torch.cat(levels).view(torch.bfloat16)  # what was not found is below it
     rest = places(~(level <= (pre.amin(1) + lift - product.margin) * (1 - _RESULT)))  # not certain
-    feature[rest], pre[rest] = _dense_top(x[rest], W_enc, b_enc, k)
+    feature[rest] = _dense_top(x[rest], W_enc, b_enc, k)
+    again = _each(feature[rest], None, len(W_enc))
+    pre[rest] = _values(x[rest], W_enc, b_enc, again.token, again.feature, again.starts).view(len(rest), k)
     return _each(feature, pre, len(W_enc))
 
 
@@ -98,10 +101,14 @@ def _flat(bits: Tensor, level: Tensor, start: int) -> Int[Tensor, " entries"]:
     return (token + start) * len(bits) + feature
 
 
-def _each(feature: Int[Tensor, "tokens k"], pre: Float[Tensor, "tokens k"], n_features: int) -> ActiveSet:
+def _each(feature: Int[Tensor, "tokens k"], pre: Float[Tensor, "tokens k"] | None, n_features: int) -> ActiveSet:
     """The set in which every token has these features."""
     token = torch.arange(len(feature), device=feature.device).repeat_interleave(feature.shape[1])
-    return ActiveSet(token, feature.flatten(), len(feature), n_features, pre.flatten())
+    return ActiveSet(token, feature.flatten(), len(feature), n_features, None if pre is None else pre.flatten())
+
+
+def _values(x: Tensor, W_enc: Tensor, b_enc: Tensor, token: Tensor, feature: Tensor, starts: Tensor) -> Tensor:
+    return dots(x, W_enc, token, feature, starts) + b_enc.index_select(0, feature)
 
 
 def _lift(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor | float:
@@ -133,7 +140,8 @@ class _Product:
         one = torch.ones(1, dtype=dtype, device=x.device)
         high = b_enc.to(dtype)
         self.x = _extended(x, one, one)
-        self.W = _extended(W_enc, high, (b_enc - high).to(dtype))
+        low = (b_enc - high).to(dtype)
+        self.W = _extended(W_enc, high, low if bounded else low.nan_to_num(0.0, 0.0, 0.0))  # a bias may be infinite
         if bounded:
             self.margin = self._margin(x, W_enc, b_enc)
 
@@ -145,7 +153,10 @@ class _Product:
         longest, worst = (each.max() for each in _errors(W_enc, self.W[:, :d]))
         kept = self.W[:, d].to(b_enc.dtype) + self.W[:, d + 1]
         bias = (kept - b_enc).abs().max() + b_enc.abs().max() * sums
-        return error * longest + norm * (worst + 2 * sums * longest) + bias.float()
+        margin = error * longest + norm * (worst + 2 * sums * longest) + bias.float()
+        if (short := (norm < _SHORT) | (longest < _SHORT)).any():
+            margin = margin.masked_fill(short & x.ne(0).any(1), torch.inf)
+        return margin
 
     def chunks(self) -> Iterator[tuple[int, BFloat16[Tensor, "n_features tokens"]]]:
         """First token and pre-activations, overwritten by the next chunk."""
@@ -197,14 +208,12 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or known is None or known()
 
 
-def _dense_top(x: Tensor, W: Tensor, b: Tensor, k: int) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k"]]:
-    """The k largest of each token by the plain product: features, ascending, and values."""
-    found = []
-    for piece in x.split(max(1, _DENSE // len(W))):
-        value, feature = torch.addmm(b, piece, W.T).topk(k, dim=1, sorted=False)
-        feature, order = feature.sort(dim=1)
-        found.append((feature, value.gather(1, order)))
-    return torch.cat([one[0] for one in found]), torch.cat([one[1] for one in found])
+def _dense_top(x: Tensor, W: Tensor, b: Tensor, k: int) -> Int[Tensor, "tokens k"]:
+    """The features with the k largest values of each token by the plain product, ascending."""
+    pieces = x.split(max(1, _DENSE // len(W)))
+    return torch.cat(
+        [torch.addmm(b, piece, W.T).topk(k, dim=1, sorted=False).indices.sort(dim=1).values for piece in pieces]
+    )
 
 
 def _top_of_each(
@@ -216,10 +225,10 @@ def _top_of_each(
     """
     token, feature = divided(flat, len(W_enc), size=len(x) * len(W_enc))
     count = torch.bincount(token, minlength=len(x))
-    if (crowded := count > _CROWD * k).any():
+    if (crowded := count > max(_CROWD * k, _FEW)).any():
         return _top_of_each(flat[~crowded[token]], x, W_enc, b_enc, k)
     starts = count.cumsum(0) - count
-    values = dots(x, W_enc, token, feature, starts) + b_enc.index_select(0, feature)
+    values = _values(x, W_enc, b_enc, token, feature, starts)
     most = max(k, int(count.max()))
     of_token, named = values.new_full((len(x), most), -torch.inf), feature.new_zeros(len(x), most)
     place = token * most + torch.arange(len(flat), device=flat.device) - starts.index_select(0, token)

@@ -1,7 +1,7 @@
 """Sorting and searching many short numbers and flags; on a CPU by NumPy, several times as fast as torch there.
 
-Bits of positive bfloat16 numbers order as the 16-bit integers they spell do, and those compare faster. Knows nothing of
-weights and features.
+Among them the bits of bfloat16 numbers: those of positive ones order as the 16-bit integers they spell do, and integers
+compare faster. Knows nothing of weights and features.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from jaxtyping import BFloat16, Bool, Float, Int, Int16, Shaped
 from torch import Tensor
 
 _NEVER = torch.iinfo(torch.int16).max
+
+
+def _by_numpy(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def as_bits(pre: BFloat16[Tensor, "*shape"]) -> Int16[Tensor, "*shape"]:
@@ -27,28 +31,28 @@ def level_above(threshold: float, tokens: int, device: torch.device) -> Int16[Te
 
 
 def level_below(value: Float[Tensor, " tokens"]) -> Int16[Tensor, " tokens"]:
-    """The next bfloat16 below a positive number as an integer; for the others one that nothing reaches."""
+    """A positive number rounded down to bfloat16, as an integer; for the others one that nothing reaches."""
     bits = (value.float().contiguous().view(torch.int32) >> 16).to(torch.int16)
     return torch.where(value > 0, bits, _NEVER).to(torch.int16)
 
 
 def at_least(bits: Int16[Tensor, "rows tokens"], level: Int16[Tensor, " tokens"]) -> Int[Tensor, " found"]:
     """Places in the flattened matrix, ascending, of what is at its token's level or above."""
-    if bits.device.type != "cpu":
+    if not _by_numpy(bits):
         return places(bits >= level)
     return torch.from_numpy(np.flatnonzero(bits.numpy() >= level.numpy()))
 
 
 def places(mask: Bool[Tensor, "*shape"]) -> Int[Tensor, " true"]:
     """Where the flattened mask is true, ascending."""
-    if mask.device.type != "cpu":
+    if not _by_numpy(mask):
         return mask.flatten().nonzero().flatten()
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def divided(integers: Int[Tensor, " n"], by: int, *, size: int) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Quotients and remainders of what is not negative and below `size`."""
-    if integers.device.type != "cpu":
+    if not _by_numpy(integers):
         quotient = torch.div(integers, by, rounding_mode="floor")
         return quotient, integers - quotient * by
     narrow = (integers.int() if size <= 1 << 31 else integers).numpy()
@@ -58,14 +62,14 @@ def divided(integers: Int[Tensor, " n"], by: int, *, size: int) -> tuple[Int[Ten
 
 def ascending(integers: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     """The same integers, sorted."""
-    if integers.device.type != "cpu":
+    if not _by_numpy(integers):
         return integers.sort().values
     return torch.from_numpy(np.sort(integers.numpy()))
 
 
 def kth_largest(x: Shaped[Tensor, "rows n"], k: int) -> Shaped[Tensor, " rows"]:
     """The k-th largest number of each row."""
-    if x.device.type != "cpu":
+    if not _by_numpy(x):
         return x.topk(k, dim=1, sorted=False).values.amin(1)
     at = x.shape[1] - k
     return torch.from_numpy(np.partition(x.contiguous().numpy(), at, axis=1)[:, at])
