@@ -39,11 +39,12 @@ class _MeanSquare(torch.autograd.Function):
         ctx.save_for_backward(error)
         ctx.shapes = [part.shape for part in written]
         ctx.mark_non_differentiable(error)
+        ctx.set_materialize_grads(False)  # or zeros of the error's size would be made in every backward pass
         return total_square(error) / max(1, error.numel()), error
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
         (error,) = ctx.saved_tensors
         whole = error * (grad * (-2 / max(1, error.numel())))
         needed = zip(ctx.shapes, ctx.needs_input_grad[1:], strict=True)
