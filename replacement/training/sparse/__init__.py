@@ -6,7 +6,7 @@ own precision. Knows nothing of losses, layers or training steps.
 """
 
 from replacement.training.sparse.active import ActiveSet, active_at, in_order
-from replacement.training.sparse.choice import preselect, select_above, select_top
+from replacement.training.sparse.choice import select_above, select_top
 from replacement.training.sparse.pairs import dense_pairs, encode_pairs, pairs_above, pairs_top
 from replacement.training.sparse.products import decode_active, encode_active
 
@@ -20,7 +20,6 @@ __all__ = [
     "in_order",
     "pairs_above",
     "pairs_top",
-    "preselect",
     "select_above",
     "select_top",
 ]

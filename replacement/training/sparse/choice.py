@@ -111,14 +111,12 @@ def _values(x: Tensor, W_enc: Tensor, b_enc: Tensor, token: Tensor, feature: Ten
     return dots(x, W_enc, token, feature, starts) + b_enc.index_select(0, feature)
 
 
-def _lift(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor | float:
+def _lift(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Float[Tensor, ""]:
     """What to add to all pre-activations so that the k-th largest of nearly every token is above 0, as a comparison of
     bits needs; the order stays. Trained features are below 0 at most tokens.
 
     No more than most tokens need: far above 0, bfloat16 is too coarse to tell features apart.
     """
-    if not len(x):
-        return 0.0
     sample = x[:: max(1, len(x) // _SAMPLE)]
     kth = torch.addmm(b_enc, sample, W_enc.T).topk(k, dim=1, sorted=False).values.amin(1).sort().values
     low, middle = kth[len(kth) // 16], kth[len(kth) // 2]
