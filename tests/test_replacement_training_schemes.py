@@ -252,7 +252,9 @@ def test_a_switch_multiplies_the_rows_of_one_expert_a_token_and_pairs_have_fewer
     trainee, planted = start(given("switch"))
     coder, multiplied = next(iter(trainee)), []
     whole = schemes.select_above
-    monkeypatch.setattr(schemes, "select_above", lambda x, W, b: multiplied.append(len(x) * len(W)) or whole(x, W, b))
+    monkeypatch.setattr(
+        schemes, "select_above", lambda x, W, *rest: multiplied.append(len(x) * len(W)) or whole(x, W, *rest)
+    )
     x = trainee.read(coder, planted.batch(1))
     coder(x, generator=torch.Generator().manual_seed(0), memory=0.0)
     assert sum(multiplied) == len(x) * 112 / 4

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from replacement.training.sparse import (
     ActiveSet,
+    bounds,
     choice,
     decode_active,
     encode_active,
@@ -51,7 +52,7 @@ def flat(active: ActiveSet) -> torch.Tensor:
 def test_the_top_of_each_token_is_the_dense_top(size, dtype, native, monkeypatch) -> None:
     """Candidates lose none of the k largest, whether the processor multiplies in bfloat16 or only the result is rounded
     to it, and whoever searches; negative ones count where few are positive."""
-    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda device: native)
+    monkeypatch.setattr(bounds, "multiplies_bfloat16", lambda device: native)
     monkeypatch.setattr(search, "_by_numpy", lambda x: native)
     *shape, k = size
     for shift in (-1.0, -8.0):
@@ -82,16 +83,23 @@ def test_rounding_never_costs_a_feature(seed: int, scale: float, spread: float, 
 def test_one_unusual_token_does_not_lift_all(factor: float) -> None:
     """Far above 0, bfloat16 could not tell the other tokens' features apart, and nearly all would be candidates."""
     x, W_enc, b_enc = weights(300, 24, 1024, shift=-20.0)
-    usual = float(choice._lift(x[3:], W_enc, b_enc, 16))
+
+    def lift() -> float:
+        return float(choice._lift(bounds.Product(x[3:], W_enc, b_enc, bounded=True), groups=128, k=16))
+
+    usual = lift()
     x[3] *= factor
-    assert 0 < float(choice._lift(x[3:], W_enc, b_enc, 16)) < 2 * usual
+    assert 0 < lift() < 2 * usual
 
 
 def test_comparing_bits_is_comparing_positive_floats() -> None:
     pre = torch.randn(33, 50, generator=torch.Generator().manual_seed(1)).bfloat16()
     pre[0, 0], pre[0, 1], pre[0, 2] = torch.tensor(0.8), -torch.inf, torch.inf
     above = (pre > torch.tensor(0.8).bfloat16()).flatten().nonzero().flatten()
-    assert torch.equal(search.at_least(search.as_bits(pre), search.level_above(0.8, 50, pre.device)), above)
+    assert torch.equal(search.at_least(search.as_bits(pre), search.level_above(torch.tensor(0.8))), above)
+    above = (pre > torch.linspace(0.1, 2, 33).bfloat16()[:, None]).flatten().nonzero().flatten()
+    of_rows = search.level_above(torch.linspace(0.1, 2, 33))[:, None]
+    assert torch.equal(search.at_least(search.as_bits(pre), of_rows), above)
     levels = torch.linspace(-1, 2, 50)
     found = torch.zeros_like(pre, dtype=torch.bool).flatten()
     found[search.at_least(search.as_bits(pre), search.level_below(levels))] = True
@@ -116,33 +124,57 @@ def test_sorting_and_searching_are_torchs(dtype, numpy, monkeypatch) -> None:
             assert torch.equal(quotient * 4 + remainder, numbers.flatten().abs().long())
             assert remainder.min() >= 0 and remainder.max() == 3
         assert not len(search.ascending(numbers[:0].flatten())) and not len(search.places(numbers[:0] > 0))
+    place = search.places(numbers > 0)
+    for rows in (3, 1 << 33):  # of the transpose, further down than 32 bits reach
+        swapped = torch.zeros(20 + rows, 6, dtype=torch.bool) if rows == 3 else None
+        found = search.transposed(place, 6, 20, start=rows)
+        if swapped is not None:
+            swapped[rows:] = (numbers > 0).T
+            assert torch.equal(found.long().sort().values, swapped.flatten().nonzero().flatten())
+        assert torch.equal(found.long() // 6 - rows, place % 20) and torch.equal(found.long() % 6, place // 20)
 
 
 def test_selection_is_the_comparison_with_the_threshold() -> None:
     """But for what lies within rounding of it, and however many tokens are multiplied at once."""
     x, W_enc, b_enc = weights(601, 24, 8192)
     x[1] /= 100
-    pre, margin = x @ W_enc.T + b_enc, 2.0**-7 + 2.0**-7 * x.norm(dim=1, keepdim=True) * W_enc.norm(dim=1)
-    active = select_above(x, W_enc, b_enc, 1.0)
-    chosen = torch.zeros_like(pre, dtype=torch.bool)
-    chosen[active.token, active.feature] = True
-    clear = (pre - 1).abs() > margin
-    assert clear.float().mean() > 0.9
-    assert torch.equal(chosen[clear], pre[clear] > 1) and torch.equal(flat(active), flat(active).sort().values)
-    assert (active.n_tokens, active.n_features) == (601, 8192)
+    pre, margin = x @ W_enc.T + b_enc, 2.0**-7 * x.norm(dim=1, keepdim=True) * W_enc.norm(dim=1)
+    for thresholds in (1.0, torch.linspace(0.2, 3, 8192)):
+        active = select_above(x, W_enc, b_enc, thresholds)
+        chosen = torch.zeros_like(pre, dtype=torch.bool)
+        chosen[active.token, active.feature] = True
+        clear = (pre - thresholds).abs() > margin + 2.0**-7 * thresholds
+        assert clear.float().mean() > 0.9
+        assert torch.equal(chosen[clear], (pre > thresholds)[clear])
+        assert torch.equal(flat(active), flat(active).sort().values)
+        assert (active.n_tokens, active.n_features) == (601, 8192)
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), scale=st.floats(1e-2, 1e2))
-def test_the_margin_bounds_what_rounding_does(seed: int, scale: float) -> None:
-    """Of no token and feature does the product's error, before the result is rounded, go beyond it."""
+def test_no_result_is_below_the_exact_one(seed: int, scale: float) -> None:
+    """But for the rounding of the result itself; nor further above it than twice the bound on errors."""
     x, W_enc, b_enc = weights(24, 40, 64, seed=seed, shift=0.0)
     W_enc, b_enc = W_enc * scale, b_enc * (100 if seed % 2 else 1)
-    product = choice._Product(x, W_enc, b_enc)
+    W_enc[:8] *= 100
+    product = bounds.Product(x, W_enc, b_enc, bounded=True)
     ((_, pre),) = product.chunks()
-    exact = x.double() @ W_enc.double().T + b_enc
-    error = (pre.double() - exact.T).abs() - exact.T.abs() * 2.0**-8 * 1.01
-    assert (error <= product.margin).all()
+    exact, rounding = (x.double() @ W_enc.double().T + b_enc).T, pre.double().abs() * 2.0**-8 * 1.01
+    bound = (product.W[:, 42:44].double() @ product.x[:, 42:44].double().T) + b_enc.abs()[:, None] * 2.0**-12
+    assert (pre.double() - exact >= -rounding).all() and (pre.double() - exact <= 2 * bound + rounding).all()
+
+
+@pytest.mark.parametrize("factor", [1.0, 10.0, 1000.0])
+def test_a_few_long_rows_do_not_send_all_tokens_to_the_plain_product(factor: float, monkeypatch) -> None:
+    """What rounding does to them says nothing of the others."""
+    x, W_enc, b_enc = weights(512, 64, 4096)
+    W_enc[:20] *= factor
+    dense, taken = choice._dense_top, []
+    monkeypatch.setattr(choice, "_dense_top", lambda x, *rest: (taken.append(len(x)), dense(x, *rest))[1])
+    active = select_top(x, W_enc, b_enc, 16)
+    values = (x @ W_enc.T + b_enc).flatten()[flat(active)].view(512, 16).sort(descending=True).values
+    torch.testing.assert_close(values, (x @ W_enc.T + b_enc).topk(16).values)
+    assert sum(taken) < 52
 
 
 @pytest.mark.parametrize("rounded", ["inputs", "weights", "both"])
@@ -150,7 +182,7 @@ def test_the_margin_bounds_what_rounding_does(seed: int, scale: float) -> None:
 def test_what_bfloat16_puts_in_the_wrong_order_is_chosen_right(rounded: str, exponent: int, monkeypatch) -> None:
     """Four features that rounding takes far below twenty others, which it leaves as they are: at every token the exact
     values of the candidates cannot tell, and the bound must. Also where squares of the errors underflow."""
-    monkeypatch.setattr(choice, "multiplies_bfloat16", lambda device: True)
+    monkeypatch.setattr(bounds, "multiplies_bfloat16", lambda device: True)
     low, high, d, n_features, k = 1 + 0.99 * 2**-8, 1 + 1.01 * 2**-8, 64, 4096, 4
     order = torch.randperm(n_features, generator=torch.Generator().manual_seed(0))
     under, fake = order[:k], order[k : 6 * k]
@@ -174,7 +206,9 @@ def test_equals_all_above_the_rest_are_chosen_from(monkeypatch) -> None:
     x = x.abs() + 0.1
     W_enc[:1000], b_enc[:1000] = 100.0, 0.0
     kth_largest, widths = choice.kth_largest, []
-    monkeypatch.setattr(choice, "kth_largest", lambda x, k: (widths.append(x.shape[1]), kth_largest(x, k))[1])
+    monkeypatch.setattr(
+        choice, "kth_largest", lambda x, k: (widths.append(x.shape[1] * (len(x) == 300)), kth_largest(x, k))[1]
+    )
     active = select_top(x, W_enc, b_enc, 4)
     assert (active.feature < 1000).all() and len(active.feature) == 1200
     assert (flat(active).diff() > 0).all() and max(widths) <= 64

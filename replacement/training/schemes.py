@@ -103,7 +103,7 @@ class LinearScheme(Scheme):
     """One feature a row."""
 
     def above(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, levels: Tensor) -> ActiveSet:
-        return select_above(x, W_enc / levels[:, None], b_enc / levels)
+        return select_above(x, W_enc, b_enc, levels)
 
     def top(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> ActiveSet:
         return select_top(x, W_enc, b_enc, k)
@@ -138,8 +138,7 @@ class SwitchScheme(Scheme):
             return rows._replace(W_dec=rows.W_dec / self.map.route(x).probability.mean())
 
     def above(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, levels: Tensor) -> ActiveSet:
-        W_enc, b_enc = W_enc / levels[:, None], b_enc / levels
-        return self._by_expert(x, lambda at, own: select_above(x[at], W_enc[own], b_enc[own]))
+        return self._by_expert(x, lambda at, own: select_above(x[at], W_enc[own], b_enc[own], levels[own]))
 
     def top(self, x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> ActiveSet:
         return self._by_expert(x, lambda at, own: select_top(x[at], W_enc[own], b_enc[own], k))

@@ -61,7 +61,7 @@ def active_at(flat: Int[Tensor, " entries"], n_tokens: int, n_features: int) -> 
 
 def in_order(parts: list[Int[Tensor, " _"]], size: int) -> Int[Tensor, " entries"]:
     """All places below `size`, ascending; sorted all at once, which is faster than part by part."""
-    return ascending(torch.cat(parts).to(narrowest(size))).long()
+    return ascending(torch.cat(parts).to(narrowest(size)))
 
 
 def narrowest(size: int) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from replacement.encoding import Kronecker
 from replacement.training.sparse.active import ActiveSet, active_at, in_order
-from replacement.training.sparse.choice import preselect
+from replacement.training.sparse.bounds import preselect
 from replacement.training.sparse.products import encode_active
 
 _CHUNK = 1 << 20  # pre-activations held at once
