@@ -123,6 +123,27 @@ def toy_trainee(**changes: object) -> tuple[Trainee, Activations]:
     return Trainee(plans(config, N_LAYERS), batch, config), batch
 
 
+@pytest.mark.parametrize("longest", [1e-3, 1e3])
+def test_gradients_are_scaled_down_to_the_longest_and_never_up(longest: float) -> None:
+    trainee, batch = toy_trainee(kind="skip_transcoder")
+    trainee(batch, generator=torch.Generator().manual_seed(0), memory=0.0).reconstruction.backward()
+    before = nn.utils.parameters_to_vector(p.grad for p in trainee.parameters())
+    trainee.settle_gradients(longest=longest)
+    after = nn.utils.parameters_to_vector(p.grad for p in trainee.parameters())
+    torch.testing.assert_close(after, before * min(1.0, longest / float(before.norm())))
+
+
+def test_activations_are_scaled_where_they_lie_only_if_they_may_be_overwritten() -> None:
+    trainee, batch = toy_trainee()
+    given = {name: tensor.clone() for name, tensor in batch.items()}
+    apart = trainee.scaled(given)
+    for name in trainee.sites:
+        assert torch.equal(given[name], batch[name])
+        torch.testing.assert_close(apart[name], batch[name] * trainee.scale_of(name))
+    for name, tensor in trainee.scaled(given, in_place=True).items():
+        assert torch.equal(tensor, apart[name]) and tensor.data_ptr() == given[name].data_ptr()
+
+
 def test_scales_are_folded_into_the_weights() -> None:
     """The exported transcoder on raw activations equals the trained one on scaled ones, divided by the output scale."""
     trainee, batch = toy_trainee(kind="skip_transcoder")
@@ -147,7 +168,7 @@ def test_a_floor_keeps_faint_firing_out() -> None:
     for coder, dictionary in zip(trainee, trainee.dictionaries(), strict=True):
         activations = dictionary.encode(batch[hook(dictionary.layer, MLP_IN)])
         least = torch.where(activations > 0, activations, torch.inf).amin(0)
-        assert (least >= 0.4 * coder.sparsity.peak * coder.norms().detach()).all()
+        assert (least >= 0.4 * coder.sparsity.peak * coder.encoder().norms.detach()).all()
 
 
 def test_features_start_as_detectors_of_clusters() -> None:

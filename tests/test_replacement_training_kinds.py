@@ -292,7 +292,7 @@ def test_the_running_threshold_is_found_a_few_tokens_at_a_time(before: float, fl
     x, held = trainee.read(coder, planted.batch(1)), []
     pre, rows = F.linear(x, coder.W_enc, coder.b_enc).detach(), coder.sparsity._rows
     coder.sparsity.peak.fill_(1.0)
-    written = torch.where(pre > floor, pre * coder.norms().detach(), 0.0).flatten()
+    written = torch.where(pre > floor, pre * coder.encoder().norms.detach(), 0.0).flatten()
     linear = coder.scheme.dense
     monkeypatch.setattr(coder.scheme, "dense", lambda x, *rest: held.append(len(x)) or linear(x, *rest))
     monkeypatch.setattr(topk, "_CHUNK", 100 * 112)

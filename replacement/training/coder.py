@@ -18,7 +18,7 @@ from replacement.training.kinds import Plan
 from replacement.training.parallel import Mesh
 from replacement.training.schemes import scheme
 from replacement.training.sparse import ActiveSet, decode_active
-from replacement.training.sparsity import Encoder, GatedSparsity, Penalised, sparsity
+from replacement.training.sparsity import Encoder, GatedSparsity, Penalised, norms_of, sparsity
 from replacement.training.starts import start
 
 
@@ -105,17 +105,9 @@ class Coder(nn.Module):
         """The block whose site is read, the first one where there are several."""
         return self.plan.layer
 
-    def norms(self) -> Float[Tensor, " n_features"]:
-        """Norm of what a unit of each feature writes, all sites side by side as one vector.
-
-        (Lindsey et al. 2024 weigh a crosscoder's features by the sum of their norms at each site, which favours those
-        of few sites.)
-        """
-        return self.W_dec.flatten(1).norm(dim=1).clamp_min(1e-8)
-
     def encoder(self) -> Encoder:
         """The encoder as it is, without gradients."""
-        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.norms().detach(), self.scheme)
+        return Encoder(self.W_enc.detach(), self.b_enc.detach(), self.W_dec.detach(), self.scheme)
 
     def forward(self, x: Float[Tensor, "tokens d_in"], *, generator: torch.Generator, memory: float) -> Pass:
         """Encode and decode scaled inputs; moves running thresholds (kept with weight `memory`) and firing counters."""
@@ -130,7 +122,7 @@ class Coder(nn.Module):
         if isinstance(self.sparsity, GatedSparsity):
             gate = decode_active(torch.relu(values), self.W_dec.detach().flatten(1), active, ())
             gate = gate.unflatten(2, self.W_dec.shape[1:])
-        penalty = self.sparsity.extra_loss(values, activations, active, self.norms())
+        penalty = self.sparsity.extra_loss(values, activations, active, lambda: norms_of(self.W_dec))
         penalty = penalty + self.scheme.extra_loss(x, self.mesh.data)
         return Pass(parts.unflatten(2, self.W_dec.shape[1:]), active, activations, penalty, gate)
 

@@ -19,8 +19,8 @@ from replacement.training.kinds import Plan
 from replacement.training.parallel import ALONE, Mesh
 from replacement.training.report import Clock, Listener, Record
 from replacement.training.sharded_checkpoint import has_checkpoint
-from replacement.training.source import ActivationSource, Stream
-from replacement.training.trainee import Losses, Trainee
+from replacement.training.source import Activations, ActivationSource, Stream
+from replacement.training.trainee import Losses, Trainee, side_by_side
 from replacement.training.watching import watched
 
 _CALIBRATION_TOKENS = 4096
@@ -101,11 +101,11 @@ def _update(
     config: TrainingConfig,
 ) -> tuple[Losses, Tensor]:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    batch = stream.next()
+    batch = trainee.scaled(stream.next(), in_place=True)
     for coder in trainee:
         if coder.W_skip is not None:
             coder.W_skip.requires_grad_(step >= config.skip_starts * config.steps)
-    losses = trainee(batch, generator=generator, memory=config.threshold_memory)
+    losses = trainee.losses(batch, generator=generator, memory=config.threshold_memory)
     total = losses.reconstruction + losses.penalty + config.dead_weight * losses.dead
     value = trainee.mesh.data.average(total.detach())
     if not torch.isfinite(value):
@@ -120,7 +120,7 @@ def _update(
     if config.dead == "resample" and _resamples(step, config):
         for coder in trainee:
             error = trainee.error_of(coder, losses.errors)
-            coder.resample(trainee.read(coder, batch), error, optimizer=optimizer, generator=generator)
+            coder.resample(side_by_side(coder, batch), error, optimizer=optimizer, generator=generator)
     return losses, value
 
 
@@ -130,7 +130,7 @@ def _resamples(step: int, config: TrainingConfig) -> bool:
     return (step + 1) % every == 0 and step < config.steps * (1 - config.decay_fraction)
 
 
-def _explain(batch: dict[str, Tensor], step: int, mesh: Mesh) -> None:
+def _explain(batch: Activations, step: int, mesh: Mesh) -> None:
     for name, tensor in batch.items():
         if mesh.world.any(~torch.isfinite(tensor).all()):
             raise InputError(

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from replacement.errors import InputError
@@ -109,7 +109,8 @@ class Stream:
         self._tokens = 0
 
     def next(self) -> dict[str, Float[Tensor, "share width"]]:
-        """The next batch: of its `batch_tokens` tokens those that this process sees."""
+        """The next batch, in memory of its own: of its `batch_tokens` tokens those that this process
+        sees."""
         batch = self.peek()
         self.position = self.position._replace(place=self.position.place + 1)
         return batch
@@ -138,20 +139,10 @@ class Stream:
             return
         self._content = {}  # before anything of the next one is there
         world = self.mesh.world
-        n_batches, most = self.block
+        n_batches = self.block.batches
         sizes = torch.zeros(n_batches, dtype=torch.long)
         own = range(world.place, n_batches, world.size)
-        pool = {name: like.new_empty(len(own) * most, *like.shape[1:]) for name, like in self._like.items()}
-        filled = 0
-        for i in own:
-            batch = self.source.batch(block * n_batches + i)
-            sizes[i] = min(most, len(next(iter(batch.values()))))
-            end = filled + int(sizes[i])
-            for name, rows in pool.items():
-                rows[filled:end].copy_(batch[name][:most])
-            filled = end
-        self._content = {name: rows[:filled] for name, rows in pool.items()}
-        del pool
+        self._content, sizes[own.start :: own.step] = self._read([block * n_batches + i for i in own])
         sizes = world.total(sizes)
         self._tokens = int(sizes.sum())
         if self._tokens < self.batch_tokens:
@@ -167,3 +158,22 @@ class Stream:
             for name in self._content:  # one site's old tokens and new at a time
                 self._content[name] = exchange(self._content[name])
             self._order = torch.arange(len(next(iter(self._content.values()))))
+
+    def _read(self, numbers: list[int]) -> tuple[dict[str, Tensor], Int[Tensor, " batches"]]:
+        """The source's batches of these numbers, one after another, and how many tokens of each are held."""
+        most, sizes = self.block.most, torch.zeros(len(numbers), dtype=torch.long)
+        if len(numbers) == 1:  # needs no copy
+            batch = self.source.batch(numbers[0])
+            content = {name: batch[name][:most].to(like) for name, like in self._like.items()}
+            sizes[0] = len(next(iter(content.values())))
+            return content, sizes
+        pool = {name: like.new_empty(len(numbers) * most, *like.shape[1:]) for name, like in self._like.items()}
+        filled = 0
+        for place, number in enumerate(numbers):
+            batch = self.source.batch(number)
+            sizes[place] = min(most, len(next(iter(batch.values()))))
+            end = filled + int(sizes[place])
+            for name, rows in pool.items():
+                rows[filled:end].copy_(batch[name][:most])
+            filled = end
+        return {name: rows[:filled] for name, rows in pool.items()}, sizes

@@ -111,27 +111,37 @@ class Trainee(nn.Module):
 
     def read(self, coder: Coder, activations: Activations) -> Float[Tensor, "tokens d_in"]:
         """A coder's scaled input."""
-        return side_by_side([activations[name].float() * self.scale_of(name) for name in coder.plan.reads])
+        return side_by_side(coder, {name: activations[name].float() * self.scale_of(name) for name in coder.plan.reads})
 
     def bias(self, name: str) -> Float[Tensor, " d_out"]:
         """The output bias of a written site, in scaled units."""
         return self.b_dec[self.written.index(name)]
 
+    def scaled(self, activations: Activations, *, in_place: bool = False) -> Activations:
+        """Activations of all sites in scaled units; in place: those given may be overwritten, which is faster."""
+        multiplied = torch.Tensor.mul_ if in_place else torch.mul
+        return {name: multiplied(activations[name].float(), self.scale_of(name)) for name in self.sites}
+
     def forward(
         self, activations: Activations, *, generator: torch.Generator, memory: float, with_dead: bool = True
     ) -> Losses:
-        """The loss of a batch of unscaled activations, of which this process sees its share.
+        """The loss of a batch of unscaled activations, of which this process sees its share."""
+        return self.losses(self.scaled(activations), generator=generator, memory=memory, with_dead=with_dead)
+
+    def losses(
+        self, scaled: Activations, *, generator: torch.Generator, memory: float, with_dead: bool = True
+    ) -> Losses:
+        """The loss of a batch of scaled activations.
 
         `sum over written sites of mean over prefixes of |y - y_p|^2 / d`, y with mean square about 1. with_dead:
         whether the remedy's loss is wanted.
         """
-        scaled = {name: activations[name].float() * self.scale_of(name) for name in self.sites}
         own: dict[str, list[Tensor]] = {name: [] for name in self.written}  # what this process's features write
         own_gated: dict[str, list[Tensor]] = {name: [] for name in self.written}
         rest = {name: [self.bias(name)[None, None]] for name in self.written}
         inputs, passes = [], []
         for coder in self:
-            x = side_by_side([scaled[name] for name in coder.plan.reads])
+            x = side_by_side(coder, scaled)
             one = coder(x, generator=generator, memory=memory)
             inputs.append(x)
             passes.append(one)
@@ -230,7 +240,11 @@ class Trainee(nn.Module):
         for parameter in held:
             self.mesh.data.average_in_place(cast(Tensor, parameter.grad))
         if self.mesh.features.size == 1:
-            nn.utils.clip_grad_norm_(held, longest)
+            norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in held])
+            if (
+                self.device.type != "cpu" or not norm <= longest
+            ):  # else all would be multiplied by 1; a GPU does not wait
+                nn.utils.clip_grads_with_norm_(held, longest, norm)
             return
         grads: tuple[list[Tensor], list[Tensor]] = ([], [])
         for name, parameter in self.named_parameters():
@@ -241,8 +255,9 @@ class Trainee(nn.Module):
         nn.utils.clip_grads_with_norm_(held, longest, norm)
 
 
-def side_by_side(parts: list[Float[Tensor, "tokens _"]]) -> Float[Tensor, "tokens d_in"]:
-    """Activations of several sites as one vector a token."""
+def side_by_side(coder: Coder, activations: Activations) -> Float[Tensor, "tokens d_in"]:
+    """Activations of the sites that a coder reads as one vector a token."""
+    parts = [activations[name] for name in coder.plan.reads]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from replacement.training.config import TrainingConfig
 from replacement.training.parallel import Mesh
-from replacement.training.sparsity.base import Encoder, Exported, Penalised, Sparsity
+from replacement.training.sparsity.base import Encoder, Exported, Penalised, Sparsity, norms_of
 from replacement.training.sparsity.penalties import GatedSparsity, JumpReLUSparsity, ReLUSparsity
 from replacement.training.sparsity.topk import BatchTopKSparsity, TopKSparsity
 
-__all__ = ["BY_NAME", "Encoder", "Exported", "GatedSparsity", "Penalised", "Sparsity", "sparsity"]
+__all__ = ["BY_NAME", "Encoder", "Exported", "GatedSparsity", "Penalised", "Sparsity", "norms_of", "sparsity"]
 
 BY_NAME: dict[str, type[Sparsity]] = {
     "batchtopk": BatchTopKSparsity,

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,13 +27,19 @@ from replacement.training.sparse import ActiveSet, select_above
 _SMALLEST = 1e-6  # what counts as above zero in the bfloat16 choice
 
 
-class Encoder(NamedTuple):
-    """An encoder on scaled inputs, with the norms of what its features write."""
+@dataclass(frozen=True, eq=False)
+class Encoder:
+    """An encoder on scaled inputs, and what its features write."""
 
     W_enc: Float[Tensor, "rows d_in"]
     b_enc: Float[Tensor, " rows"]
-    norms: Float[Tensor, " n_features"]  #: of the decoder rows, all written sites together
+    W_dec: Float[Tensor, "n_features n_writes d_out"]
     scheme: Scheme  #: how features are made of rows
+
+    @cached_property
+    def norms(self) -> Float[Tensor, " n_features"]:
+        """Of the decoder rows, all written sites together."""
+        return norms_of(self.W_dec)
 
     def above(self, x: Float[Tensor, "tokens d_in"], levels: Float[Tensor, " n_features"]) -> ActiveSet:
         """Features whose pre-activation is above their level."""
@@ -47,6 +56,15 @@ class Encoder(NamedTuple):
     def dense(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens n_features"]:
         """Pre-activations of all features at few tokens."""
         return self.scheme.dense(x, self.W_enc, self.b_enc)
+
+
+def norms_of(W_dec: Float[Tensor, "n_features n_writes d_out"]) -> Float[Tensor, " n_features"]:
+    """Norm of what a unit of each feature writes, all sites side by side as one vector.
+
+    (Lindsey et al. 2024 weigh a crosscoder's features by the sum of their norms at each site, which favours those of
+    few sites.)
+    """
+    return W_dec.flatten(1).norm(dim=1).clamp_min(1e-8)
 
 
 class Exported(NamedTuple):
@@ -103,9 +121,12 @@ class Sparsity(nn.Module, abc.ABC):
         values: Float[Tensor, " entries"],
         activations: Float[Tensor, " entries"],
         active: ActiveSet,
-        norms: Float[Tensor, " n_features"],
+        norms: Callable[[], Float[Tensor, " n_features"]],
     ) -> Tensor | float:
-        """The penalty of all features, weighted; moves its weight along while gradients are on."""
+        """The penalty of all features, weighted; moves its weight along while gradients are on.
+
+        norms: asked for those of the decoder rows, with gradients.
+        """
         return 0.0
 
     def observe(self, values: Float[Tensor, " entries"], active: ActiveSet, fired: Tensor) -> None:
@@ -118,7 +139,7 @@ class Sparsity(nn.Module, abc.ABC):
 
     def levels(self, encoder: Encoder) -> Float[Tensor, " n_features"]:
         """The pre-activation above which each feature fires."""
-        return torch.zeros_like(encoder.norms)
+        return encoder.W_dec.new_zeros(len(encoder.W_dec))
 
     def fresh(self, b_enc: Float[Tensor, " fresh"]) -> dict[nn.Parameter, Float[Tensor, " fresh"]]:
         """Its own parameters, one number a feature, with the values of features that start again with these biases."""

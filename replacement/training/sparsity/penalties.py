@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from replacement.training.config import TrainingConfig
 from replacement.training.parallel import Mesh
 from replacement.training.sparse import ActiveSet
 from replacement.training.sparsity.base import Encoder, Exported, Penalised, positive
+
+Norms = Callable[[], Tensor]
 
 _TANH_SCALE = 4.0  # c of Anthropic, January 2025
 _QUADRATIC_WEIGHT = 1.0
@@ -28,10 +32,10 @@ class ReLUSparsity(Penalised):
     def activations(self, values: Tensor, active: ActiveSet, b_enc: Tensor) -> Tensor:
         return torch.relu(values)
 
-    def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+    def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Norms) -> Tensor:
         fires = self.fires(activations, active)
         self.aim(values, active, fires=fires, wanted=self.wanted())
-        penalty = self.mesh.features.add(_l1(activations, active, norms, self.k))
+        penalty = self.mesh.features.add(_l1(activations, active, norms(), self.k))
         return self.controlled(fires) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
@@ -87,7 +91,7 @@ class JumpReLUSparsity(Penalised):
     def activations(self, values: Tensor, active: ActiveSet, b_enc: Tensor) -> Tensor:
         return _Jump.apply(values, self.threshold[active.feature.long()], self.bandwidth)
 
-    def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+    def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Norms) -> Tensor:
         threshold, fires = self.threshold[active.feature.long()], self.fires(activations, active)
         wanted = torch.full_like(fires, self.k) if self.quadratic else self.wanted()
         self.aim(values - threshold, active, fires=fires, wanted=wanted)
@@ -95,7 +99,7 @@ class JumpReLUSparsity(Penalised):
             l0 = _Step.apply(values, threshold, self.bandwidth).sum() / active.n_tokens
             l0 = self.mesh.data.mean(self.mesh.features.add(l0))
             return _QUADRATIC_WEIGHT * (l0 / self.k - 1).square()
-        written = activations * norms[active.feature.long()]
+        written = activations * norms()[active.feature.long()]
         penalty = self.mesh.features.add(torch.tanh(_TANH_SCALE * written).sum())
         return self.controlled(fires) * penalty / (active.n_tokens * self.k)
 
@@ -154,11 +158,11 @@ class GatedSparsity(Penalised):
         linear = values - b_enc[feature]  # of the gate's bias no gradient is left
         return torch.relu(self.r_mag.exp()[feature] * linear + self.b_mag[feature]) * gate
 
-    def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Tensor) -> Tensor:
+    def extra_loss(self, values: Tensor, activations: Tensor, active: ActiveSet, norms: Norms) -> Tensor:
         fires, scale = self.fires(activations, active), self.r_mag.detach().exp()[active.feature.long()]
         above = torch.minimum(values.detach(), activations.detach() / scale)  # gate and magnitude: both have to be
         self.aim(above, active, fires=fires, wanted=self.wanted())
-        penalty = self.mesh.features.add(_l1(torch.relu(values), active, norms.detach(), self.k))
+        penalty = self.mesh.features.add(_l1(torch.relu(values), active, norms().detach(), self.k))
         return self.controlled(fires) * penalty
 
     def export(self, encoder: Encoder) -> Exported:
