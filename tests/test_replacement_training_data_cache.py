@@ -178,6 +178,13 @@ def test_two_processes_fill_one_folder_together(tmp_path: Path):
     assert files(alone.folder) == {name: data for name, data in files(tmp_path).items() if name != "alone"}
 
 
+def test_an_index_that_appears_while_a_folder_is_looked_at_is_no_strangers(tmp_path: Path, monkeypatch):
+    """Another process writes it between two looks: whoever comes next sees it under the lock."""
+    write_activations(Toy(), tmp_path, batches=1, **SETTINGS)
+    monkeypatch.setattr(Path, "is_file", lambda path: False)
+    assert cache.open_cache(Toy(), tmp_path, **SETTINGS).batches == 0
+
+
 def test_a_shard_of_another_width_is_damaged(tmp_path: Path):
     write_activations(Toy(), tmp_path, batches=1, shard_bytes=1, **SETTINGS)
     path = cache.shard_path(tmp_path, 0)

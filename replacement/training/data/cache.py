@@ -210,7 +210,7 @@ def open_cache(source: ActivationSource, folder: Path, *, dtype: str, model: str
     except OSError as error:
         raise InputError(f"{call}: {_reason(error)}; pass another") from error
     if not (folder / _INDEX).is_file():
-        own = (_DRAFT, _LOCK)
+        own = (_DRAFT, _LOCK, _INDEX)  # another process may just have written the index
         if foreign := sorted(one.name for one in folder.iterdir() if not one.match("shard-*") and one.name not in own):
             raise InputError(f"{call}: holds {foreign[0]}, and no activations; pass a new folder")
         return wanted
