@@ -28,7 +28,8 @@ class ActivationSource(Protocol):
     sites: tuple[str, ...]  #: full hook names
 
     def batch(self, index: int) -> Activations:
-        """The batch of this number, the same whenever it is asked for; batches may differ in size."""
+        """The batch of this number, the same whenever it is asked for, and left as it is until another one is asked
+        for; batches may differ in size."""
         ...
 
 
@@ -75,8 +76,8 @@ class Stream:
     The buffer holds as many source batches as fit `buffer_bytes` (at least one, and no more than hold the `tokens` that
     will be read), is shuffled across all their sequences, and is read to its end before the next one is loaded; what
     does not fill a batch is left out, and so is what would not fit: the last tokens of a source batch that is longer
-    than the first. Batches are copied into it as they come. What comes next is a function of source, sizes, seed and
-    position.
+    than the first. Batches are copied into it as they come; one that is all it holds is not. What comes next is a
+    function of source, sizes, seed and position.
 
     Several processes harvest a buffer together, each its share of the source's batches, hold it together, each the
     tokens that it sees, and are served their shares of the batches that one process would be served.
@@ -162,9 +163,11 @@ class Stream:
     def _read(self, numbers: list[int]) -> tuple[dict[str, Tensor], Int[Tensor, " batches"]]:
         """The source's batches of these numbers, one after another, and how many tokens of each are held."""
         most, sizes = self.block.most, torch.zeros(len(numbers), dtype=torch.long)
-        if len(numbers) == 1:  # needs no copy
+        if len(numbers) == 1:  # needs no copy, unless it would keep more than is served
             batch = self.source.batch(numbers[0])
             content = {name: batch[name][:most].to(like) for name, like in self._like.items()}
+            if len(next(iter(batch.values()))) > most:
+                content = {name: rows.clone() for name, rows in content.items()}
             sizes[0] = len(next(iter(content.values())))
             return content, sizes
         pool = {name: like.new_empty(len(numbers) * most, *like.shape[1:]) for name, like in self._like.items()}

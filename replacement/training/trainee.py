@@ -241,18 +241,16 @@ class Trainee(nn.Module):
             self.mesh.data.average_in_place(cast(Tensor, parameter.grad))
         if self.mesh.features.size == 1:
             norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in held])
-            if (
-                self.device.type != "cpu" or not norm <= longest
-            ):  # else all would be multiplied by 1; a GPU does not wait
-                nn.utils.clip_grads_with_norm_(held, longest, norm)
-            return
-        grads: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for name, parameter in self.named_parameters():
-            if parameter.grad is not None:
-                grads[self.is_spread(name, parameter.ndim)].append(parameter.grad)
-        alike, spread = (nn.utils.get_total_norm(some) ** 2 for some in grads)
-        norm = (self.mesh.features.total(spread) + alike).sqrt()
-        nn.utils.clip_grads_with_norm_(held, longest, norm)
+        else:
+            grads: tuple[list[Tensor], list[Tensor]] = ([], [])
+            for name, parameter in self.named_parameters():
+                if parameter.grad is not None:
+                    grads[self.is_spread(name, parameter.ndim)].append(parameter.grad)
+            alike, spread = (nn.utils.get_total_norm(some) ** 2 for some in grads)
+            norm = (self.mesh.features.total(spread) + alike).sqrt()
+        waits = self.device.type == "cpu"  # a GPU would have to
+        if not (waits and norm <= longest):  # short ones would be multiplied by 1
+            nn.utils.clip_grads_with_norm_(held, longest, norm)
 
 
 def side_by_side(coder: Coder, activations: Activations) -> Float[Tensor, "tokens d_in"]:

@@ -1,4 +1,4 @@
-"""Pre-activations in bfloat16, some tokens at a time, each with a bound on its own rounding errors added.
+"""Pre-activations in bfloat16, some tokens at a time, each, if wanted, with a bound on its own rounding errors added.
 
 Knows nothing of what is chosen by them.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import BFloat16, Float
+from jaxtyping import BFloat16, Bool, Float
 from torch import Tensor
 
 from replacement.training.sparse.search import kth_largest
@@ -43,6 +43,9 @@ class Product:
     (Cauchy-Schwarz). A few long rows then cost the others nothing.
     """
 
+    usual: Float[Tensor, " tokens"]  #: what is added at most features for their rows and inputs, no more
+    finite: Bool[Tensor, ""]  #: whether no number is so large that bfloat16 makes it infinite; else there is no bound
+
     def __init__(
         self,
         x: Float[Tensor, "tokens d_in"],
@@ -52,21 +55,21 @@ class Product:
         bounded: bool,
     ) -> None:
         dtype = torch.bfloat16 if multiplies_bfloat16(x.device) else torch.float32
-        usual = _CHUNK // max(1, len(W_enc))
-        self.tokens = max(usual, min(4 * usual, _FAST_TOKENS), _LEAST_TOKENS)
+        fit = _CHUNK // max(1, len(W_enc))
+        self.tokens = max(fit, min(4 * fit, _FAST_TOKENS), _LEAST_TOKENS)
         self.d, self.bounded = x.shape[1], bounded
         self.x, *of_tokens = _short(x, dtype, bounded)
         self.W, *of_features = _short(W_enc, dtype, bounded)
         self.x[:, self.d : self.d + 2] = 1
-        self.lost = self.W.shape[1] * 2.0**-23
+        self.lost = self.W.shape[1] * 2.0**-23  # of a sum's terms, at most
         if bounded:
             norm, error = of_tokens
-            length, worst = of_features
-            worst = worst + self.lost * length
+            length, taken = of_features
+            worst = taken + self.lost * length
             self.x[:, self.d + 2], self.x[:, self.d + 3] = error * _UP, norm * _UP
             self.W[:, self.d + 2], self.W[:, self.d + 3] = length * _UP, worst * _UP
-            length, worst = (_of_most(each) for each in (length, worst))
-            self.usual = error * length + norm * worst  #: of each token, what is added at most features, no more
+            self.usual = error * _of_most(length) + norm * _of_most(worst)
+            self.finite = torch.isfinite(norm.amax() * length.amax())
         self.set_bias(b_enc)
 
     def set_bias(self, b_enc: Float[Tensor, " n_features"]) -> None:
@@ -78,7 +81,7 @@ class Product:
         self.W[:, self.d], self.W[:, self.d + 1] = high, low
 
     def chunks(self, every: int = 1) -> Iterator[tuple[int, BFloat16[Tensor, "n_features tokens"]]]:
-        """First token and pre-activations, overwritten by the next chunk; of each so-manieth token."""
+        """First token and pre-activations, overwritten by the next chunk; of every `every`-th token."""
         n_features, rows = len(self.W), self.x[::every]
         memory = self.W.new_empty(n_features * min(self.tokens, len(rows)))
         for start in range(0, max(1, len(rows)), self.tokens):  # an empty chunk where there are no tokens
@@ -99,13 +102,13 @@ def _short(rows: Float[Tensor, "rows d"], dtype: torch.dtype, bounded: bool) -> 
         return (out,)
     norm, error = rows.new_empty(2, n)
     step = max(1, _PIECE // max(1, d))
-    lost = rows.new_empty(min(step, n), d)
+    scratch = rows.new_empty(min(step, n), d)
     for start in range(0, n, step):
         at = slice(start, start + step)
         piece, kept = rows[at], out[at, :d]
         kept.copy_(piece)
         torch.linalg.vector_norm(piece, dim=1, out=norm[at])
-        taken = torch.sub(lost[: len(piece)].copy_(kept), piece, out=lost[: len(piece)])
+        taken = scratch[: len(piece)].copy_(kept).sub_(piece)
         torch.linalg.vector_norm(taken, dim=1, out=error[at])
     return out, norm.float() * 1.01 + _SHORT, error.float() * 1.01 + _SHORT
 

@@ -26,6 +26,7 @@ from replacement.training.sparse.search import (
 
 _RESULT = 2.0**-7  # bounds the relative error of rounding a result to bfloat16, twice over
 _SAMPLE = 128  # tokens that tell where the k-th largest pre-activations lie
+_SPREAD = 2.5  # of what the last tenth needs beyond the median, where 1.6 are what the last 2 % of a normal one need
 _CROWD = 4  # times k, and no fewer than
 _FEW = 64  # candidates: a token with more takes the plain product
 _DENSE = 1 << 20  # pre-activations held at once where all are needed
@@ -39,7 +40,7 @@ def select_above(
     thresholds: Float[Tensor, " n_features"] | float = 1.0,
 ) -> ActiveSet:
     """The features whose pre-activation `x . W_enc_i + b_enc_i` is above a positive threshold, as bfloat16 tells."""
-    level = level_above(torch.as_tensor(thresholds, device=x.device)).view(-1, 1)
+    level = level_above(torch.as_tensor(thresholds, device=x.device).clamp_min(0.0)).view(-1, 1)
     product = Product(x, W_enc, b_enc, bounded=False)
     found = [_flat(as_bits(pre), level, start) for start, pre in product.chunks()]
     return active_at(in_order(found, len(x) * len(W_enc)), len(x), len(W_enc))
@@ -71,7 +72,7 @@ def select_top(
         found.append(_flat(bits, levels[-1], start))
     feature, pre = _top_of_each(in_order(found, len(x) * len(W_enc)), x, W_enc, b_enc, k)
     level = torch.cat(levels).view(torch.bfloat16)  # what was not found is below it
-    rest = places(~(level <= pre.amin(1) + lift))  # not certain
+    rest = places(~((level <= pre.amin(1) + lift) & product.finite))  # not certain
     feature[rest] = _dense_top(x[rest], W_enc, b_enc, k)
     again = _each(feature[rest], None, len(W_enc))
     pre[rest] = _values(x[rest], W_enc, b_enc, again.token, again.feature, again.starts).view(len(rest), k)
@@ -88,12 +89,14 @@ def _lift(product: Product, groups: int, k: int) -> Float[Tensor, ""]:
     """What to add to all pre-activations so that levels of nearly every token are above 0, as a comparison of bits
     needs; the order stays. Trained features are below 0 at most tokens.
 
-    No more than most tokens need: far above 0, bfloat16 is too coarse to tell features apart.
+    As much as all but 2 % need, where those are not far from the others: far above 0, bfloat16 is too coarse to tell
+    features apart.
     """
-    every = max(1, len(product.x) // _SAMPLE)
+    every = -(-len(product.x) // _SAMPLE)
     kth = torch.cat([kth_largest(_maxima(pre, groups).float(), k) for _, pre in product.chunks(every)])
-    wanted = 3 * product.usual[::every] - kth
-    return kth_largest(wanted[None], 1 + len(wanted) // 50)[0].clamp_min(0)
+    wanted = (3 * product.usual[::every] - kth).sort(descending=True).values
+    most, many, half = (wanted[int(share * len(wanted))] for share in (0.02, 0.1, 0.5))
+    return torch.minimum(most, half + _SPREAD * (many - half)).clamp_min(0)
 
 
 def _flat(bits: Tensor, level: Tensor, start: int) -> Int[Tensor, " entries"]:
