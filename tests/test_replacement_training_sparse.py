@@ -86,8 +86,8 @@ def test_a_few_tokens_at_which_all_is_off_do_not_lift_all(length: float, monkeyp
     monkeypatch.setattr(choice, "_dense_top", lambda x, *rest: (taken.append(len(x)), dense(x, *rest))[1])
     x, W_enc, b_enc = weights(640, 24, 1024, shift=-20.0)
     W_enc[:, 0] = W_enc[:, 0].abs() + 1
-    x[10::20] = 0  # one in twenty
-    x[6::20, 0] = -length
+    x[10::23] = 0  # also of those that are looked at
+    x[10::23, 0] = -length
     active = select_top(x, W_enc, b_enc, 4)
     values = (x @ W_enc.T + b_enc).flatten()[flat(active)].view(640, 4).sort(descending=True).values
     torch.testing.assert_close(values, (x @ W_enc.T + b_enc).topk(4).values)
