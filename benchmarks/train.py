@@ -5,8 +5,8 @@
 PYTHON names the interpreter of an environment that has the tool; a tool without one is left out. Every row is a process
 of its own with one thread, reads the same file in the same order, and is judged on the same held-out tokens. `of the
 floor` is a step's CPU time in units of what seems the least: the encoder's product (fp32) and Adam's pass over the
-weights, measured just before and just after the row, as machines change their pace within minutes. Peak memory counts
-from after the imports. Learning rates: sparsify's signum at its own default, every Adam at a rate that suits short runs
+weights, measured between the row's own steps, as machines change their pace within minutes. Peak memory counts from
+after the imports. Learning rates: sparsify's signum at its own default, every Adam at a rate that suits short runs
 (see the scripts in `peers/`).
 """
 
@@ -92,11 +92,6 @@ def run(row: Row, interpreter: str, data: Path, features: int, options: argparse
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _floor(data: Path, features: int, options: argparse.Namespace) -> float:
-    """Seconds of an encoder's product and of Adam's pass over the weights, now."""
-    return sum(run(Row("own", "floor", ""), sys.executable, data, features, options).values())
-
-
 def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -146,11 +141,8 @@ def main() -> None:
                 table.add_column(name)
             for name in ("tokens/CPU-s", "tokens/s", "ms/step", "floor", "of the floor", "peak MB", "FVU", "L0"):
                 table.add_column(name, justify="right")
-            before = _floor(data, features, options)
             for row in chosen:
                 figures = run(row, interpreters[row.tool], data, features, options)
-                after = _floor(data, features, options)
-                figures["floor_seconds"], before = (before + after) / 2, after
                 table.add_row(*_cells(row, figures, options.batch_tokens))
                 results.append({**row._asdict(), "features": features, "steps": options.steps, **figures})
                 print(f"{features} {row.tool} {row.kind}: {figures}", file=sys.stderr)

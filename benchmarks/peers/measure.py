@@ -12,6 +12,8 @@ import gc
 import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,13 +24,58 @@ from torch import Tensor
 
 _UNTIMED = 3  # first steps, in which memory is touched for the first time
 _HELD_OUT = 8192  # tokens at the end of the file that nobody trains on
+_FLOOR_EVERY = 10  # steps
+
+
+class Floor:
+    """What a step seems to need at least: the encoder's product (fp32), and Adam's pass over the weights.
+
+    Measured between the steps of a row, as machines change their pace within minutes; by a process of its own, so that
+    it takes none of the row's memory.
+    """
+
+    def __init__(self, batch_tokens: int, width: int, features: int) -> None:
+        sizes = [str(size) for size in (batch_tokens, width, features)]
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *sizes], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.cpu: list[float] = []  #: seconds of each time
+        self.wall = 0.0  #: seconds of all times together
+        self.run()  # once it is there
+        self.cpu, self.wall = [], 0.0
+
+    def run(self) -> None:
+        """Once more."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        start = time.perf_counter()
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.cpu.append(float(self.process.stdout.readline()))
+        self.wall += time.perf_counter() - start
+
+    @staticmethod
+    def serve(batch_tokens: int, width: int, features: int) -> None:
+        """Print the CPU seconds of a product and a pass for every line of the standard input."""
+        torch.set_num_threads(1)
+        x, W, out = (
+            torch.randn(*size) for size in ((batch_tokens, width), (features, width), (batch_tokens, features))
+        )
+        weights = [torch.nn.Parameter(torch.randn(features, width)) for _ in range(2)]
+        for weight in weights:
+            weight.grad = torch.randn_like(weight)
+        adam = torch.optim.Adam(weights, fused=True)
+        for _ in sys.stdin:
+            start = time.process_time()
+            torch.mm(x, W.T, out=out)
+            adam.step()
+            print(time.process_time() - start, flush=True)
 
 
 class Activations:
     """Batches of a file of float32 rows `x | y`, in order; tells when each is asked for."""
 
-    def __init__(self, path: Path, width: int, batch_tokens: int, steps: int) -> None:
-        self.path, self.width, self.batch_tokens, self.steps = path, width, batch_tokens, steps
+    def __init__(self, path: Path, width: int, batch_tokens: int, steps: int, floor: Floor) -> None:
+        self.path, self.width, self.batch_tokens, self.steps, self.floor = path, width, batch_tokens, steps, floor
         self.started: list[tuple[float, float]] = []  #: CPU and wall clock at the request of each batch
 
     def read(self, start: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -41,6 +88,8 @@ class Activations:
         """The index-th training batch, over and over where there are fewer."""
         if index == len(self.started):
             self.started.append((time.process_time(), time.perf_counter()))
+            if index % _FLOOR_EVERY == _UNTIMED + 1:
+                self.floor.run()
         x, y = self.read(index % self.steps * self.batch_tokens, self.batch_tokens)
         return x.contiguous(), y.contiguous()
 
@@ -80,11 +129,12 @@ def measure(
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    activations = Activations(options.data, options.width, options.batch_tokens, options.steps)
+    floor = Floor(options.batch_tokens, options.width, options.features)
+    activations = Activations(options.data, options.width, options.batch_tokens, options.steps, floor)
     activations.read(0, options.batch_tokens)
     before = reset_memory_peak()
     approximate = train(activations)
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu, wall = time.process_time(), time.perf_counter() - floor.wall
     peak = memory_peak()
     began = activations.started[min(_UNTIMED, len(activations.started) - 1)]
     timed = options.steps - min(_UNTIMED, len(activations.started) - 1)
@@ -104,23 +154,13 @@ def measure(
             {
                 "tokens_per_cpu_second": timed * options.batch_tokens / (cpu - began[0]),
                 "tokens_per_second": timed * options.batch_tokens / (wall - began[1]),
+                "floor_seconds": statistics.median(floor.cpu),
                 "peak_bytes": peak - before,
                 "fvu": missed / (total - float(sums.pow(2).sum()) / tokens),
                 "l0": l0 / tokens,
             }
         )
     )
-
-
-def median_cpu_seconds(run: Callable[[], object], times: int = 5) -> float:
-    """Median CPU time of a call, after one that is not counted."""
-    run()
-    seconds = []
-    for _ in range(times):
-        start = time.process_time()
-        run()
-        seconds.append(time.process_time() - start)
-    return statistics.median(seconds)
 
 
 def _status(name: str) -> int:
@@ -148,3 +188,7 @@ def memory_peak() -> int:
         return _status("VmHWM")
     except (OSError, KeyError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    Floor.serve(*(int(size) for size in sys.argv[1:]))

@@ -1,18 +1,12 @@
-"""One row of the training benchmark: this project's trainer on given activations.
-
-With the kind `floor` it prints instead what a step cannot do without: the CPU seconds of one fp32 product of the
-encoder and of one pass of Adam over the weights.
-"""
+"""One row of the training benchmark: this project's trainer on given activations."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-import torch
-from measure import Activations, arguments, measure, median_cpu_seconds
+from measure import Activations, arguments, measure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -61,22 +55,6 @@ def run(options: argparse.Namespace, activations: Activations):
     return approximate
 
 
-def floor(options: argparse.Namespace) -> None:
-    """Print the seconds of one encoder product and one pass of Adam."""
-    torch.set_num_threads(1)
-    x, W = torch.randn(options.batch_tokens, options.width), torch.randn(options.features, options.width)
-    out = torch.empty(options.batch_tokens, options.features)
-    weights = [torch.nn.Parameter(torch.randn_like(W)) for _ in range(2)]
-    for weight in weights:
-        weight.grad = torch.randn_like(weight)
-    adam = torch.optim.Adam(weights, fused=True)
-    product = median_cpu_seconds(lambda: torch.mm(x, W.T, out=out))
-    print(json.dumps({"product_seconds": product, "adam_seconds": median_cpu_seconds(adam.step)}))
-
-
 if __name__ == "__main__":
     given = arguments()
-    if given.kind == "floor":
-        floor(given)
-    else:
-        measure(given, lambda activations: run(given, activations), target=int(not given.kind.startswith("sae")))
+    measure(given, lambda activations: run(given, activations), target=int(not given.kind.startswith("sae")))
