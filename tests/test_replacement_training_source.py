@@ -83,3 +83,19 @@ def test_no_more_is_harvested_than_a_run_reads() -> None:
         stream.next()
     stream.peek()
     assert stream.position.block == 0 and 1000 <= 48 * source.asked <= 1150
+
+
+@pytest.mark.parametrize("longer", [8, 40])
+def test_a_buffer_of_one_batch_is_that_batch_and_holds_no_more_than_it_serves(longer: int) -> None:
+    """It is copied only where it is longer than the first one was, and so has tokens that are left out."""
+    source = Numbered(8, longer)
+    stream = Stream(source, buffer_bytes=1, batch_tokens=8, seed=0)
+    stream.next()
+    made, batch = [], source.batch
+    source.batch = lambda index: made.append(batch(index)) or made[-1]  # type: ignore[method-assign]
+    served = stream.next()
+    assert torch.equal(served["a"].sort(0).values.flatten(), 1000 + torch.arange(8.0))
+    for name, rows in stream._content.items():
+        assert len(rows) == stream.block.most or longer == 8
+        assert rows.untyped_storage().nbytes() == rows.nbytes
+        assert (rows.data_ptr() == made[0][name].data_ptr()) == (longer == 8)

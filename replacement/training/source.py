@@ -163,11 +163,9 @@ class Stream:
     def _read(self, numbers: list[int]) -> tuple[dict[str, Tensor], Int[Tensor, " batches"]]:
         """The source's batches of these numbers, one after another, and how many tokens of each are held."""
         most, sizes = self.block.most, torch.zeros(len(numbers), dtype=torch.long)
-        if len(numbers) == 1:  # needs no copy, unless it would keep more than is served
+        if len(numbers) == 1:
             batch = self.source.batch(numbers[0])
-            content = {name: batch[name][:most].to(like) for name, like in self._like.items()}
-            if len(next(iter(batch.values()))) > most:
-                content = {name: rows.clone() for name, rows in content.items()}
+            content = {name: _alone(batch[name][:most].to(like)) for name, like in self._like.items()}
             sizes[0] = len(next(iter(content.values())))
             return content, sizes
         pool = {name: like.new_empty(len(numbers) * most, *like.shape[1:]) for name, like in self._like.items()}
@@ -180,3 +178,8 @@ class Stream:
                 rows[filled:end].copy_(batch[name][:most])
             filled = end
         return {name: rows[:filled] for name, rows in pool.items()}, sizes
+
+
+def _alone(rows: Tensor) -> Tensor:
+    """The same rows, copied only where their memory holds more than them."""
+    return rows if rows.untyped_storage().nbytes() == rows.nbytes else rows.clone()
