@@ -248,8 +248,8 @@ class Trainee(nn.Module):
                     grads[self.is_spread(name, parameter.ndim)].append(parameter.grad)
             alike, spread = (nn.utils.get_total_norm(some) ** 2 for some in grads)
             norm = (self.mesh.features.total(spread) + alike).sqrt()
-        waits = self.device.type == "cpu"  # a GPU would have to
-        if not (waits and norm <= longest):  # short ones would be multiplied by 1
+        known = self.device.type == "cpu"  # a GPU would have to be waited for
+        if not (known and norm <= longest):  # short ones would be multiplied by 1
             nn.utils.clip_grads_with_norm_(held, longest, norm)
 
 
