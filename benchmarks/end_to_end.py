@@ -40,7 +40,6 @@ from replacement.loading import load_bridge  # noqa: E402
 from replacement.training import EndToEndConfig, Trainee, TrainingConfig, plans, train, train_end_to_end  # noqa: E402
 from replacement.training.bridge import ReplaceableBridge  # noqa: E402
 from replacement.training.data import BridgeActivations, open_tokens  # noqa: E402
-from replacement.training.end_to_end import TokenBatch  # noqa: E402
 from replacement.training.kinds import sites  # noqa: E402
 
 GRAPHED = ("transcoder", "skip_transcoder", "clt")
@@ -87,15 +86,12 @@ def measured(bridge: Any, kind: str, seed: int, *, weights: Sequence[float], pro
     state = train(source, planned, config=config, show_progress=False)
 
     model = ReplaceableBridge(bridge, sites(planned))
-
-    def batch(index: int) -> TokenBatch:
-        return model.documents(tokens.batch(index, STAGE["documents"]))
-
+    batches = model.batches(tokens, STAGE["documents"])
     for name, stage in stages(kind, weights).items():
         trainee = copy.deepcopy(state)
         if stage is not None:
             clock = time.process_time()
-            train_end_to_end(model, trainee, batch, config=stage, show_progress=False)
+            train_end_to_end(model, trainee, batches, config=stage, show_progress=False)
         yield name, _row(bridge, trainee, time.process_time() - clock, prompts if kind in GRAPHED else 0)
 
 

@@ -334,6 +334,33 @@ def test_start_tokens_inside_rows_are_left_to_the_model(place: Path) -> None:
     torch.testing.assert_close(model.replaced(batch.tokens, torch.ones_like(text), Nothing()), wanted[text])
 
 
+def test_rows_of_one_batch_have_about_as_much_text(place: Path) -> None:
+    """Rows of short documents, half of them start tokens, cut none of the others; any batch can be asked for first."""
+    bridge, _ = load_bridge(place / "model", torch.float32, "cpu")
+    model, start = ReplaceableBridge(bridge, ["blocks.0.mlp.hook_in"]), start_token(bridge.tokenizer)
+    rows = torch.randint(3, 40, (96, 33), generator=torch.Generator().manual_seed(0))
+    rows[:, 0] = start
+    rows[3::4, ::2] = start  # some in every batch of the source
+
+    class Source:
+        def batch(self, index: int, documents: int) -> torch.Tensor:
+            return rows[index * documents : (index + 1) * documents].clone()
+
+    def text(batches: list[TokenBatch]) -> int:
+        return sum(int((batch.tokens != start).sum()) for batch in batches)
+
+    batches = model.batches(Source(), 6)
+    found = [batches(index) for index in range(16)]
+    assert text(found) == (rows != start).sum()
+    assert text([model.documents(Source().batch(index, 6)) for index in range(16)]) < 0.6 * text(found)
+    for first in (0, 8):
+        ours = torch.cat([batch.tokens for batch in found[first : first + 8]])
+        theirs = rows[first * 6 : (first + 8) * 6]
+        assert sorted(ours.tolist()) == sorted(theirs.tolist())
+    anew = model.batches(Source(), 6)
+    assert all(torch.equal(anew(index).tokens, found[index].tokens) for index in (12, 3, 15))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_last_stage_brings_a_replaced_bridge_to_the_original(kind: str, place: Path) -> None:
     """On the same documents the divergence alone, as the only loss, falls by more than a quarter."""

@@ -17,8 +17,12 @@ from torch import Tensor
 from replacement.errors import InputError
 from replacement.starts import start_token, start_tokens
 from replacement.substitution import Replacement
+from replacement.training.data.tokens import TokenSource
 from replacement.training.end_to_end import TokenBatch
 from replacement.training.source import Activations
+
+_ALIKE = 8
+"""Batches whose rows are sorted by how much text they hold."""
 
 
 class ReplaceableBridge:
@@ -46,6 +50,24 @@ class ReplaceableBridge:
             text &= text.cumsum(1) <= text.sum(1).min()
             rows = rows.where(text, self._start)
         return TokenBatch(rows, torch.zeros_like(text))
+
+    def batches(self, source: TokenSource, documents: int) -> Callable[[int], TokenBatch]:
+        """Batches of so many rows of the source, by number; every row is in one of them, as in the source's own.
+
+        Of every 8 batches the rows with the least text come first: rows that are short by several documents, each with
+        its start token, are cut where their like are, and not the others with them.
+        """
+        last: dict[int, Tensor] = {}
+
+        def batch(index: int) -> TokenBatch:
+            group, place = divmod(index, _ALIKE)
+            if group not in last:
+                rows = torch.cat([source.batch(group * _ALIKE + i, documents) for i in range(_ALIKE)])
+                last.clear()
+                last[group] = rows[self._text(rows).sum(1).argsort(stable=True)]
+            return self.documents(last[group][place * documents : (place + 1) * documents])
+
+        return batch
 
     def original(
         self, tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]

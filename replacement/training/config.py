@@ -299,7 +299,7 @@ class EndToEndConfig(Settings):
     steps: int = 400
     """Optimiser steps."""
     documents: int = 32
-    """Documents of one step, each cut to as many text tokens as the one with the fewest has."""
+    """Documents of one step, of about as much text each; all are cut to as many text tokens as the shortest has."""
     learning_rate: float = 5e-4
     """Adam's step size at its peak; it falls linearly to zero."""
     warmup_steps: int = 20

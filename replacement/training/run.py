@@ -37,7 +37,7 @@ from replacement.training.data import (
     open_tokens,
 )
 from replacement.training.data.cache import CacheIndex
-from replacement.training.end_to_end import TokenBatch, require_fitting, train_end_to_end
+from replacement.training.end_to_end import require_fitting, train_end_to_end
 from replacement.training.export import export
 from replacement.training.kinds import Plan, plans, site_of, sites
 from replacement.training.pairs import require_comparable
@@ -126,8 +126,8 @@ def run(
         trainee = train(source, planned, config=config, checkpoint=checkpoint, **where, **watched)
         if end_to_end is not None:
             replaceable, checkpoint = ReplaceableBridge(bridge, sites(planned)), folder.checkpoint_of(out, "end_to_end")
-            batch = partial(_batch, replaceable, tokens, end_to_end.documents)
-            train_end_to_end(replaceable, trainee, batch, config=end_to_end, checkpoint=checkpoint, **watched)
+            batches = replaceable.batches(tokens, end_to_end.documents)
+            train_end_to_end(replaceable, trainee, batches, config=end_to_end, checkpoint=checkpoint, **watched)
         export(trainee, out, metadata=folder.read_settings(out))
     index = source.index if isinstance(source, CachedActivations) else None
     written = tuple(dict.fromkeys(site_of(name) for name in trainee.written))
@@ -190,7 +190,3 @@ def _settings(config: TrainingConfig, end_to_end: EndToEndConfig | None, bridge:
     last = None if end_to_end is None else dataclasses.asdict(end_to_end)
     dtype = str(next(bridge.parameters()).dtype).removeprefix("torch.")
     return {**rest, "dtype": dtype, "reconstruction": dataclasses.asdict(config), "end_to_end": last}
-
-
-def _batch(model: ReplaceableBridge, tokens: TokenSource, documents: int, index: int) -> TokenBatch:
-    return model.documents(tokens.batch(index, documents))
