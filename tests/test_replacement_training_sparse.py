@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from replacement.encoding import Kronecker
 from replacement.training.sparse import (
     ActiveSet,
     bounds,
     choice,
     decode_active,
+    dense_pairs,
     encode_active,
+    pairs_above,
     search,
     select_above,
     select_top,
@@ -198,6 +201,11 @@ def test_what_all_tokens_share_costs_nothing(ratio: float, monkeypatch) -> None:
     margin = 2.0**-7 * (x - mean).norm(dim=1, keepdim=True) * W_enc.norm(dim=1)
     clear = (pre - 1).abs() > margin + 2.0**-6
     assert torch.equal(above.view_as(pre)[clear], (pre > 1)[clear])
+    form, rows = Kronecker(2, 4), slice(4092)
+    both = dense_pairs(x.double(), W_enc[rows].double(), b_enc[rows].double(), None, form) > 3
+    pairs = pairs_above(x, W_enc[rows], b_enc[rows], torch.full((both.shape[1],), 3.0), form)
+    assert both.sum() > 1000 and (flat(pairs).numel() - both.sum()).abs() < 0.02 * both.sum()
+    assert both.flatten()[flat(pairs)].float().mean() > 0.97
 
 
 def test_what_rounding_takes_from_a_bias_is_in_the_bound() -> None:

@@ -24,15 +24,6 @@ _FEW_TOKENS = 128  # tell what all tokens share
 _FEW_LONG = 64  # one in so many features may have larger errors than are called usual
 
 
-def preselect(
-    x: Float[Tensor, "tokens d_in"], W_enc: Float[Tensor, "n_features d_in"], b_enc: Float[Tensor, " n_features"]
-) -> BFloat16[Tensor, "tokens n_features"]:
-    """Pre-activations in bfloat16, good enough to choose active features by and for nothing else."""
-    dtype = torch.bfloat16 if multiplies_bfloat16(x.device) else torch.float32
-    with torch.no_grad():
-        return torch.addmm(b_enc.to(dtype), x.to(dtype), W_enc.to(dtype).T).bfloat16()
-
-
 class Product:
     """`W_enc x^T + b_enc` in bfloat16, some tokens at a time, in one piece of memory.
 

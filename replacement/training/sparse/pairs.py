@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from replacement.encoding import Kronecker
 from replacement.training.sparse.active import ActiveSet, active_at, in_order
-from replacement.training.sparse.bounds import preselect
+from replacement.training.sparse.bounds import Product
 from replacement.training.sparse.products import encode_active
 
 _CHUNK = 1 << 20  # pre-activations held at once
@@ -31,18 +31,16 @@ def pairs_above(
     """The features with `mAND(p, q) > level`, levels not negative; decided in bfloat16 where that is fast."""
     size, groups = len(levels), form.m + form.n
     heads, found = len(W_enc) // groups, [torch.empty(0, dtype=torch.long, device=x.device)]
-    square = levels.square().view(heads, -1)
-    least = square.amin(1)
-    rows = max(1, _CHUNK // len(W_enc))
-    for start in range(0, len(x), rows):
-        pre = preselect(x[start : start + rows], W_enc, b_enc).view(-1, groups, heads)
-        p, q = pre[:, : form.m].amax(1).float(), pre[:, form.m :].amax(1).float()
-        token, head = ((p > 0) & (p * q > least)).nonzero().unbind(1)
-        near = pre[token, :, head].float().relu()
-        product = (near[:, : form.m, None] * near[:, None, form.m :]).flatten(1)
-        entry, inside = (product > square[head]).nonzero().unbind(1)
-        place = (token[entry] + start) * size + head[entry] * form.m * form.n + inside
-        found.append(place)
+    square = levels.square().view(heads, -1).T
+    least = square.amin(0)[:, None]
+    for start, rows in Product(x, W_enc, b_enc, bounded=False).chunks():
+        pre = rows.view(groups, heads, -1)
+        p, q = pre[: form.m].amax(0).float(), pre[form.m :].amax(0).float()
+        head, token = ((p > 0) & (p * q > least)).nonzero().unbind(1)
+        near = pre[:, head, token].float().relu()
+        product = (near[: form.m, None] * near[None, form.m :]).flatten(0, 1)
+        inside, entry = (product > square[:, head]).nonzero().unbind(1)
+        found.append((token[entry] + start) * size + head[entry] * form.m * form.n + inside)
     return active_at(in_order(found, len(x) * size), len(x), size)
 
 
