@@ -15,7 +15,6 @@ from replacement.training.sparse import (
     bounds,
     choice,
     decode_active,
-    dense_pairs,
     encode_active,
     pairs_above,
     search,
@@ -196,16 +195,24 @@ def test_what_all_tokens_share_costs_nothing(ratio: float, monkeypatch) -> None:
     chosen = pre.flatten()[flat(select_top(x, W_enc, b_enc, 16))].view(600, 16).sort(descending=True).values
     torch.testing.assert_close(chosen, pre.topk(16).values, rtol=1e-5, atol=1e-4 * ratio)
     assert sum(taken) < 100
-    above = torch.zeros_like(pre, dtype=torch.bool).flatten()
-    above[flat(select_above(x, W_enc, b_enc, 1.0))] = True
-    margin = 2.0**-7 * (x - mean).norm(dim=1, keepdim=True) * W_enc.norm(dim=1)
-    clear = (pre - 1).abs() > margin + 2.0**-6
-    assert torch.equal(above.view_as(pre)[clear], (pre > 1)[clear])
-    form, rows = Kronecker(2, 4), slice(4092)
-    both = dense_pairs(x.double(), W_enc[rows].double(), b_enc[rows].double(), None, form) > 3
-    pairs = pairs_above(x, W_enc[rows], b_enc[rows], torch.full((both.shape[1],), 3.0), form)
-    assert both.sum() > 1000 and (flat(pairs).numel() - both.sum()).abs() < 0.02 * both.sum()
-    assert both.flatten()[flat(pairs)].float().mean() > 0.97
+
+
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+def test_the_choice_at_a_token_does_not_depend_on_the_others(mean: float) -> None:
+    """Processes that share a batch choose as one that has all of it: nothing that decides is drawn from the batch."""
+    x, W_enc, b_enc = weights(601, 64, 4092, shift=-20.0)
+    x = x + mean
+    levels = torch.full((4092 // 6 * 8,), 3.0)
+    for choose in (
+        lambda x: select_above(x, W_enc, b_enc, 1.0),
+        lambda x: pairs_above(x, W_enc, b_enc, levels, Kronecker(2, 4)),
+        lambda x: select_top(x, W_enc, b_enc, 16),
+    ):
+        whole, parts = choose(x), [choose(x[start::2]) for start in (0, 1)]
+        among = torch.cat(
+            [(2 * part.token + start) * part.n_features + part.feature for start, part in enumerate(parts)]
+        )
+        assert len(among) > 1000 and torch.equal(among.sort().values, flat(whole))
 
 
 def test_what_rounding_takes_from_a_bias_is_in_the_bound() -> None:

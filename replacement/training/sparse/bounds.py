@@ -30,12 +30,12 @@ class Product:
     The few tokens come second, so that little is packed anew for each chunk. The bias is two more columns, what
     bfloat16 keeps of it and of the rest: to add it would read and write every result once more.
 
-    What all tokens share is multiplied once and added to the bias: bfloat16 would round it at every token, and of
-    activations whose mean is several times their spread it would leave little else.
-
     Where errors are bounded, no result, before it is rounded, is below the exact one: two further columns add
     `|x - x'| |w| + |x'| (|w - w'| + what summing in float32 may lose)`, x' and w' being what bfloat16 keeps
-    (Cauchy-Schwarz). A few long rows then cost the others nothing.
+    (Cauchy-Schwarz). A few long rows then cost the others nothing. There, what all tokens share is multiplied once and
+    added to the bias: of activations whose mean is several times their spread, bfloat16 would leave little else. Where
+    errors are not bounded a result is a function of its own token alone, whichever others come with it: processes that
+    share a batch choose by it.
     """
 
     usual: Float[Tensor, " tokens"]  #: what is added at most features for rows and inputs, no more (biases aside)
@@ -53,13 +53,13 @@ class Product:
         fit = _CHUNK // max(1, len(W_enc))
         self.tokens = max(fit, min(4 * fit, _FAST_TOKENS), _LEAST_TOKENS)
         self.d, self.bounded = x.shape[1], bounded
-        shared = _shared(x)
+        shared = _shared(x) if bounded else None
         self.x, *of_tokens = _short(x, dtype, bounded, without=shared)
         self.W, *of_features = _short(W_enc, dtype, bounded)
         self.x[:, self.d : self.d + 2] = 1
         self.lost = self.W.shape[1] * 2.0**-23  # of a sum's terms, at most
-        self.at_shared = W_enc.to(shared.dtype) @ shared
-        if bounded:
+        self.at_shared = torch.zeros_like(b_enc) if shared is None else W_enc.to(shared.dtype) @ shared
+        if shared is not None:
             norm, error = of_tokens
             length, taken = of_features
             worst = taken + self.lost * length
