@@ -24,6 +24,8 @@ PROCESSES = "replacement.training.parallel:processes"
 SETTINGS, LAST = (f"replacement.training.config:{name}" for name in ("TrainingConfig", "EndToEndConfig"))
 FLAGS = {"n_features": "--features"}
 """Fields whose flag is not their own name."""
+FOR_TORCHRUN = {"start": "--start-at", "log": "--log-to"}
+"""Second spellings of flags that begin one of torchrun's own, which torchrun refuses even after the program's name."""
 LAST_FLAGS = {"bridging_weight": "--bridging-weight"}
 """The same of the last stage, whose other flags begin with `--end-to-end-`."""
 
@@ -50,6 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for field in fields(SETTINGS):
         what.add_argument(
             _flag(field),
+            *([FOR_TORCHRUN[field.name]] if field.name in FOR_TORCHRUN else []),
             dest=field.name,
             type=_reader(field),
             default=field.default,
@@ -68,6 +71,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(out, RUN, "--checkpoint-every", text, type=int, metavar="STEPS")
     out.add_argument(
         "--log",
+        FOR_TORCHRUN["log"],
+        dest="log",
         action="append",
         default=[],
         metavar="NAME",
