@@ -164,6 +164,16 @@ def test_a_site_that_the_model_lacks_is_refused(tiny_model) -> None:
         Splice(bridge, DictionarySet({1: perfect_sae(1, "hook_nowhere", 24)}, "lost"))
 
 
+def test_a_width_that_the_model_has_not_is_refused(tiny_model) -> None:
+    splice = Splice(
+        tiny_model("llama", "neurons").bridge, DictionarySet({1: perfect_sae(1, "hook_resid_post", 16)}, "x")
+    )
+    with pytest.raises(InputError, match=r"width 16 at blocks\.1\.hook_resid_post, where this model has 24; pass the"):
+        splice.original(TOKENS, splice.reads)
+    with pytest.raises(InputError, match="width 16"):
+        splice.replaced(TOKENS)
+
+
 def test_a_crosscoder_of_two_models_is_refused(tiny_model) -> None:
     rows, zeros = mirror(48)
     both = Crosscoder(

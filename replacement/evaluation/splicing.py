@@ -109,6 +109,9 @@ class Splice:
                     f"dictionaries {dictionaries.name}: read or write {name}, which is no hook of this model; "
                     "pass the model that they were trained on"
                 )
+        self._widths = {name: one.d_out for one in dictionaries for name in written_hooks([one])}
+        for one in dictionaries:
+            self._widths |= {name: one.d_in // len(read_hooks(one)) for name in read_hooks(one)}
         self._compute = compute
         self._from_original = any(reads_ahead(one) for one in dictionaries)
 
@@ -147,6 +150,11 @@ class Splice:
                 if tensor.ndim < 3:
                     raise InputError(f"site {name}: has shape {list(tensor.shape)}, needs [batch, pos, ...]")
                 flat = tensor.flatten(2)  # heads side by side
+                if (width := self._widths.get(name, flat.shape[2])) != flat.shape[2]:
+                    raise InputError(
+                        f"dictionaries {self.dictionaries.name}: read or write vectors of width {width} at {name}, "
+                        f"where this model has {flat.shape[2]}; pass the model that they were trained on"
+                    )
                 if name in keep:
                     values[name] = flat
                 if replacement is None:
