@@ -15,6 +15,7 @@ import pytest
 
 from replacement.errors import InputError
 from replacement.formats import drafts
+from replacement.training import report
 from replacement.training.progress import progress_bar
 from replacement.training.report import JSONLog, Record, bar_listener, dashboard
 
@@ -122,20 +123,30 @@ def test_a_log_on_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch) -
     assert path.read_text() == lines and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("columns", [80, 100, 200])
+@pytest.mark.parametrize("columns", [40, 80, 100, 200])
 @pytest.mark.parametrize(("stage", "kl"), [("reconstruction", None), ("end to end", 0.1234)])
-def test_count_and_time_of_a_progress_bar_are_whole(stage: str, kl: float | None, columns: int, capsys, monkeypatch):
-    """On a narrow terminal the end of the figure is what is cut; at 100 columns nothing is."""
+def test_a_progress_bar_tells_figures_first(stage: str, kl: float | None, columns: int, capsys, monkeypatch):
+    """Where the line is short, the bar is left out first, then name and time; at most the end of the figure is cut, of
+    80 columns no more than its unit."""
     monkeypatch.setenv("COLUMNS", str(columns))
     figures = FIGURES | {"fvu": 0.1234, "l0": 16.0, "dead": 0.001, "tokens_per_second": 12345.0, "kl": kl}
     with bar_listener(stage, done=0, steps=24414, show=True) as move:
         for step in (1, 12344, 12345):
             move(Record(stage=stage, step=step, steps=24414, **figures))  # type: ignore[arg-type]
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.strip())
-    found = re.fullmatch(rf"{stage} (━.{{3,}}) 12345/24414 (\d+:\d\d:\d\d|-:--:--) (\S.+?) *", line)
-    assert found is not None and len(line) <= columns
-    whole = ("" if kl is None else "KL 0.1234  ") + "FVU 0.1234  L0 16.0  dead 0.1%  12,345 tok/s"
-    assert found[3] == whole or (columns == 80 and found[3][-1] == "…" and whole.startswith(found[3][:-1]))
+    bar, time = "━.{3,} " if columns > 80 else " ?", r"(\d+:\d\d:\d\d|-:--:--) "
+    beside = rf"12345/24414 {time}" if columns > 40 else "12345/24414 "
+    found = re.fullmatch(rf"{stage if columns > 40 else ''} ?{bar}{beside}(?P<figure>\S.+?) *", line)
+    assert found is not None and len(line) <= columns, line
+    whole = ("" if kl is None else "KL 0.1234 ") + "FVU 0.1234 L0 16.0 dead 0.1% 12.3k tok/s"
+    figure = found["figure"]
+    assert figure == whole or (columns <= 80 and figure[-1] == "…" and whole.startswith(figure[:-1]))
+    assert figure.startswith(whole[:14]) and (columns < 80 or "12.3k t" in figure)
+
+
+@pytest.mark.parametrize(("rate", "words"), [(512.4, "512"), (7168.0, "7.2k"), (99_949, "99.9k"), (123_456, "123k")])
+def test_a_bars_rate_takes_few_characters(rate: float, words: str) -> None:
+    assert report._rounded(rate) == words
 
 
 def test_a_progress_bar_without_a_figure_is_long(capsys, monkeypatch) -> None:

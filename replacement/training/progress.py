@@ -8,6 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column
 
 _WIDTHS = (4, 40)  #: least and most of the bar
+_SHORT, _MIDDLE = 30, 45  #: columns beside the figure from which there is name and time, and a bar
 _TIME, _GAPS = len("0:00:00"), 4
 
 
@@ -29,15 +30,15 @@ class _Bar(BarColumn):
 def progress_bar(*, show: bool, figure_width: int = 0) -> Progress:
     """A rich bar with a count, the time left and one figure that the caller updates as `task.fields["figure"]`.
 
-    On a narrow terminal the bar shrinks first, then the end of the figure is cut; count and time stay whole.
-    figure_width: characters of a long figure; the bar leaves room for it from the beginning.
+    Where the line is too short for all, the bar goes first, then name and time; at last the end of the figure is cut.
+    figure_width: characters of a long figure; room for it is left from the beginning.
     """
     console = Console(stderr=True)
-    columns: tuple[ProgressColumn, ...] = (
-        TextColumn("{task.description}"),
-        _Bar(console, figure_width),
-        MofNCompleteColumn(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True)),
-        TextColumn("{task.fields[figure]}", table_column=Column(no_wrap=True, ratio=1)),  # gets what is left
-    )
+    name, time = TextColumn("{task.description}"), TimeRemainingColumn(table_column=Column(no_wrap=True))
+    count = MofNCompleteColumn(table_column=Column(no_wrap=True))
+    figure = TextColumn("{task.fields[figure]}", table_column=Column(no_wrap=True, ratio=1))  # gets what is left
+    columns: tuple[ProgressColumn, ...] = (count, figure)
+    if console.width >= _SHORT + figure_width:
+        bar = [_Bar(console, figure_width)] if console.width >= _MIDDLE + figure_width else []
+        columns = (name, *bar, count, time, figure)
     return Progress(*columns, console=console, disable=not show, transient=False, expand=True)

@@ -36,7 +36,7 @@ class Record(NamedTuple):
 
 
 Listener = Callable[[Record], None]
-_LONG = "KL 0.1234  FVU 0.1234  L0 100.0  dead 0.1%  123,456 tok/s"  #: a long figure of a progress bar
+_LONG = "KL 0.1234 FVU 0.1234 L0 100.0 dead 0.1% 123k tok/s"  #: a long figure of a progress bar
 DASHBOARDS = ("tensorboard", "wandb", "trackio")
 
 
@@ -82,16 +82,21 @@ def _before(line: dict[str, Any], record: Record) -> bool:
     return line.get("stage") != record.stage or line.get("step", 0) < record.step
 
 
+def dashboard_module(name: str) -> Any:
+    """What a dashboard is sent to by; raises `InputError` for another name, or where the package is not installed."""
+    if name not in DASHBOARDS:
+        raise InputError(f"dashboard {name!r}: needs one of {', '.join(DASHBOARDS)}")
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError as error:
+        raise InputError(f"dashboard {name!r}: is not installed; pip install {name}") from error
+
+
 def dashboard(name: str, folder: Path, settings: dict[str, Any]) -> Listener:
     """A listener that sends records to TensorBoard, Weights & Biases or Trackio; raises `InputError` where the package
     is not installed.
     """
-    if name not in DASHBOARDS:
-        raise InputError(f"dashboard {name!r}: needs one of {', '.join(DASHBOARDS)}")
-    try:
-        module = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
-    except ImportError as error:
-        raise InputError(f"dashboard {name!r}: is not installed; pip install {name}") from error
+    module = dashboard_module(name)
     if name == "tensorboard":
         writer = module.SummaryWriter(str(folder))
 
@@ -127,13 +132,18 @@ def bar_listener(stage: str, *, done: int, steps: int, show: bool) -> Iterator[L
         task = bar.add_task(stage, total=steps, completed=done, figure="")
 
         def move(record: Record) -> None:
-            figure = f"FVU {record.fvu:.4f}  L0 {record.l0:.1f}  dead {record.dead:.1%}"
-            figure += f"  {record.tokens_per_second:,.0f} tok/s"
-            bar.update(
-                task, completed=record.step, figure=figure if record.kl is None else f"KL {record.kl:.4f}  {figure}"
+            figure = (
+                f"FVU {record.fvu:.4f} L0 {record.l0:.1f} dead {record.dead:.1%} {_rounded(record.tokens_per_second)}"
             )
+            figure = figure if record.kl is None else f"KL {record.kl:.4f} {figure}"
+            bar.update(task, completed=record.step, figure=f"{figure} tok/s")
 
         yield move
+
+
+def _rounded(rate: float) -> str:
+    """Two digits and more, in few characters: 512, 7.2k, 123k."""
+    return f"{rate:.0f}" if rate < 1000 else f"{rate / 1000:.1f}k" if rate < 100_000 else f"{rate / 1000:.0f}k"
 
 
 class Clock:

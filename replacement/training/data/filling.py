@@ -37,17 +37,24 @@ def fill_cache(
     block = block_of(config.buffer_bytes, {site: x.to(dtype) for site, x in first.items()}, tokens=config.tokens_read)
     write = partial(write_activations, source, folder, model=held.model, fingerprint=held.fingerprint, dtype=held.dtype)
     mesh.wait()  # all have looked at the folder
+    each = block.batches * len(next(iter(first.values())))  # about, of a buffer's tokens
+    expected = -(-(config.steps + 1) // max(1, each // config.batch_tokens)) * each
     with progress_bar(show=show_progress and mesh.is_first and held.tokens < config.tokens) as bar:
-        task = bar.add_task("activations", total=config.tokens, completed=held.tokens, figure="")
+        task = bar.add_task("activations", total=expected, completed=held.tokens, figure="")
+
+        def report(index: CacheIndex) -> None:
+            bar.update(task, completed=index.tokens, total=max(expected, index.tokens))
+
         blocks = steps = 0
         while steps <= config.steps:  # one batch more than it learns from, to calibrate on
             blocks += 1
             if mesh.is_first:
-                write(batches=blocks * block.batches, report=lambda index: bar.update(task, completed=index.tokens))
+                write(batches=blocks * block.batches, report=report)
             mesh.wait()
             sizes = [tokens for shard in read_index(folder).shards for tokens in shard]
             here = block.tokens(sizes[(blocks - 1) * block.batches : blocks * block.batches]) // config.batch_tokens
             if not here:
                 break  # the run says what is wrong
             steps += here
+        bar.update(task, completed=sum(sizes), total=sum(sizes))
     return CachedActivations(folder, dtype=dtype)
