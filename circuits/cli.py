@@ -74,7 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 0
     try:
         top = parser()
-        arguments = top.parse_args(argv)
+        arguments, unknown = top.parse_known_args(argv)
+        if unknown:
+            asked = " ".join(filter(None, [top.prog, arguments.command]))
+            raise ModelInputError(f"unrecognized arguments: {' '.join(unknown)}; see {asked} --help")
         if arguments.version:
             print(f"circuits {__version__}")
         elif arguments.command is None:

@@ -288,7 +288,7 @@ MISTAKES = {
     ),
     "svg without Graphviz": (_no_graphviz, [*TRACE, "--format", "svg"], "Graphviz is not installed (no `dot`"),
     "no prompt": (NOTHING, ["trace"], "one of the arguments PROMPT --prompts is required; see circuits trace --help"),
-    "unknown option": (NOTHING, [*TRACE, "--colour"], "unrecognized arguments: --colour"),
+    "unknown option": (NOTHING, [*TRACE, "--colour"], "unrecognized arguments: --colour; see circuits trace --help"),
     "unknown command": (NOTHING, ["draw"], "invalid choice: 'draw'"),
     "no such graph": (NOTHING, ["show", "nowhere.safetensors"], "no such file"),
     "a folder for a graph": (NOTHING, ["show", "model"], "not a file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from circuits.cli import main
+from circuits.commands.train import configure
 from circuits.settings import fields
 from graphs import AttributionGraph
 from replacement import formats
@@ -229,6 +232,7 @@ def test_a_cache_of_something_else_is_refused(place: Path, tmp_path: Path, capsy
         (["--kind", "sae", "--site", "hook_resid_pots"], "hook_resid_post"),
         (["--data", "nowhere.txt"], "nowhere.txt"),
         (["--log", "nothing"], "needs one of tensorboard"),
+        (["--log-to", "nothing"], "needs one of tensorboard"),
     ],
 )
 def test_mistakes_are_one_line(more: list[str], words: str, place: Path, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -236,6 +240,22 @@ def test_mistakes_are_one_line(more: list[str], words: str, place: Path, tmp_pat
     assert main(command(place, tmp_path / "run", *more)) == 2
     err = capsys.readouterr().err
     assert words in err and len(err.strip().splitlines()) == 1 and err.startswith("circuits: error:")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_flag_can_be_given_under_torchrun() -> None:
+    """Which reads what follows the program's name too, and refuses beginnings of its own flags as ambiguous."""
+    configure(parser := argparse.ArgumentParser(add_help=False))
+
+    def reaches_us(flag: str) -> bool:
+        try:
+            given = get_args_parser().parse_args(["--nproc-per-node", "2", "-m", "circuits", "train", flag, "1"])
+        except SystemExit:
+            return False
+        return given.training_script_args == ["train", flag, "1"]
+
+    lost = [action.option_strings for action in parser._actions if not any(map(reaches_us, action.option_strings))]
+    assert not lost and not reaches_us("--start")
 
 
 def test_a_folder_of_another_run_is_left_alone(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -24,6 +24,8 @@ from tests.test_replacement_training import toy_config
         ({"prefixes": (63,)}, r"parts have \[63, 1\] features and the last must be the largest"),
         ({"k": 0}, "between 1 and n_features"),
         ({"tokens": 3}, "less than one batch"),
+        ({"batch_tokens": 0}, r"\(batch_tokens=0\): must be above 0"),
+        ({"warmup_steps": -1}, r"\(warmup_steps=-1\): must not be negative"),
         ({"kind": "sea"}, "needs one of transcoder"),
         ({"sparsity": "topk", "floor": 0.1}, "belongs to sparsity='batchtopk'"),
         ({"site": "hook_resid_pre"}, "belongs to kind='sae' or 'crosscoder' or 'causal_crosscoder'; leave it out"),

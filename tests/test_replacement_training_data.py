@@ -316,6 +316,8 @@ def test_damaged_tokens_are_told(bridge, stories: Path, tmp_path: Path):
             {},
             "% of its tokens are words that the model's vocabulary lacks; pass other text",
         ),
+        ("<|endoftext|>".join(["quick"] * 200), {}, "100% of its tokens are words that the model's vocabulary lacks"),
+        (words(100, 0), {"text_field": "body"}, "a text file has no fields; leave text_field out"),
         (words(100, 0), {"context": 99}, r"open_tokens\(context=99\): the model takes 2 to 32 tokens"),
         (words(100, 0), {"split": "test"}, "needs one of train, held_out"),
     ],

@@ -241,6 +241,14 @@ def test_a_damaged_folder_gets_one_line(tmp_path: Path):
     shard.write_bytes(whole[:100])
     with pytest.raises(InputError, match=r"shard-00001.safetensors: is damaged \(.*\); delete the folder"):
         CachedActivations(tmp_path).batch(1)
+    shard.write_bytes(whole)
+    values = load_file(shard)
+    values["blocks.0.mlp.hook_out"][0, 0] = float("nan")
+    save_file(values, shard)
+    cached = CachedActivations(tmp_path)
+    cached.batch(0)
+    with pytest.raises(InputError, match=r"shard-00001.safetensors: is damaged \(.*hook_out is not finite\); delete"):
+        cached.batch(1)
     shard.unlink()
     with pytest.raises(InputError, match=r"shard-00001.safetensors: is missing"):
         CachedActivations(tmp_path)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +20,9 @@ from safetensors.torch import load_file, safe_open, save_file
 
 from circuits.cli import main
 from replacement.errors import InputError
+from replacement.training import checkpoint
 from replacement.training.folder import differences, to_write, write_settings
+from replacement.training.parallel import ALONE
 from replacement.training.sharded_checkpoint import has_checkpoint
 from tests.test_circuits_train import command, dictionaries_of, place  # noqa: F401 - the fixture of a model and a text
 from tests.test_replacement_training import ToyMLPs, toy_config, trained
@@ -123,6 +127,20 @@ def test_a_run_does_not_go_on_with_other_data_or_weights(what: str, place: Path,
     assert "the model's weights or the data have changed since" in error_of(capsys, *given)
 
 
+def test_the_bar_of_a_cache_ends_where_the_cache_does(place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    """Whole buffers are filled, of more tokens than the run trains on."""
+    assert main(command(place, tmp_path / "run", "--tokens", "1280", "--cache", str(tmp_path / "cached"))) == 0
+    (found,) = re.findall(r"activations .*?(\d+)/(\d+)", capsys.readouterr().err)
+    assert found[0] == found[1] and int(found[0]) > 1280
+
+
+def test_the_same_data_by_another_name_go_on(place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
+    given = command(place, tmp_path / "run", "--tokens", "1280")
+    assert main(given) == 0
+    same = str(place / ".." / place.name / "text.txt")
+    assert main([same if word == str(place / "text.txt") else word for word in given]) == 0
+
+
 def test_a_last_stage_that_contradicts_the_first_is_refused_before_it(place: Path, tmp_path: Path, capsys) -> None:  # noqa: F811
     """And one that has not begun can still be changed, or added, without losing the stage before it."""
     out = tmp_path / "run"
@@ -132,6 +150,8 @@ def test_a_last_stage_that_contradicts_the_first_is_refused_before_it(place: Pat
         ("--end-to-end-k", "999"): "k=999",
         ("--end-to-end-seed", str(1 << 40)): "needs a whole number in",
         ("--sparsity", "topk", "--end-to-end-threshold-memory", "0.5"): "belongs to sparsity='batchtopk'",
+        ("--encoder", "switch", "--experts", "8", "--end-to-end-k", "5"): "have 32 features, a 8th of them for a token",
+        ("--dead", "none", "--end-to-end-aux-weight", "0.5"): "dead='none' has no loss; leave it out",
     }.items():
         assert words in error_of(capsys, *command(place, out, *size, "--end-to-end", "2", *wrong))
         assert not out.exists()
@@ -268,6 +288,8 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path: Path, 
     path = tmp_path / "run.safetensors"
     trained(ToyMLPs(), toy_config(), checkpoint=path, stop_after=2)
     kept = path.read_bytes()
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # others may go on from it too
 
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: self.param_groups[0]["params"][0].data.fill_(torch.nan))
     with pytest.raises(InputError, match=r"is not finite after step 3; lower learning_rate and go on"):
@@ -285,8 +307,24 @@ def test_a_place_that_takes_no_checkpoint_is_told_in_one_line(what: str, tmp_pat
         folder.symlink_to(folder if what == "a link to itself" else tmp_path / "nowhere" / "x")
     path = folder / "run.safetensors"
     assert not has_checkpoint(path)
-    with pytest.raises(InputError, match=r"run\.safetensors\): cannot be written \(.+\); make room and go on"):
+    with pytest.raises(InputError, match=r"run\.safetensors\): cannot be written \(.+\); make room and run it again"):
         trained(ToyMLPs(), toy_config(), checkpoint=path, stop_after=1)
+
+
+def test_several_processes_leave_no_draft_on_a_full_disk(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "run.safetensors"
+    kept, draft = tmp_path / "run" / "step-000000001", tmp_path / "run" / "step-000000002.part"
+
+    def full(*_: object, **__: object) -> None:
+        kept.mkdir(parents=True)
+        draft.mkdir()
+        (draft / "shard").touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_parts", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        checkpoint._write_together(path, {}, {}, step=2, is_spread=lambda *_: False, mesh=ALONE)
+    assert kept.is_dir() and not draft.exists()
 
 
 def test_differences_are_named_with_their_stage() -> None:

@@ -25,7 +25,15 @@ from replacement.finite import all_finite
 from replacement.training.config import EndToEndConfig, TrainingConfig
 from replacement.training.folder import ADJUSTABLE, differences
 from replacement.training.parallel import Mesh
-from replacement.training.sharded_checkpoint import Part, folder_of, newest, read_metadata, read_parts, write_parts
+from replacement.training.sharded_checkpoint import (
+    Part,
+    folder_of,
+    newest,
+    read_metadata,
+    read_parts,
+    remove_drafts,
+    write_parts,
+)
 from replacement.training.source import Position
 from replacement.training.trainee import Trainee
 
@@ -61,7 +69,10 @@ def write_checkpoint(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        part.touch()
+        mode = part.stat().st_mode
         save_file(copies, part, metadata)
+        part.chmod(mode)  # the library makes files that only their owner can read
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -87,12 +98,14 @@ def _write_together(
         if mesh.is_first:
             path.unlink(missing_ok=True)
     except (OSError, CheckpointException) as error:
+        if mesh.is_first:
+            remove_drafts(path)
         raise _unwritten(path, error) from error
 
 
 def _unwritten(path: Path, error: BaseException) -> InputError:
     return InputError(
-        f"write_checkpoint({path}): cannot be written ({_reason(error)}); make room and go on from the last checkpoint"
+        f"write_checkpoint({path}): cannot be written ({_reason(error)}); make room and run it again, from what is kept"
     )
 
 

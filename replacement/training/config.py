@@ -188,7 +188,9 @@ class TrainingConfig(Settings):
             raise InputError(f"TrainingConfig(k={self.k}): needs between 1 and n_features = {self.n_features}")
         if not 0 <= self.floor < 1:
             raise InputError(f"TrainingConfig(floor={self.floor}): must be in [0, 1); for 20 percent pass 0.2")
-        if self.batch_tokens < 1 or self.tokens < self.batch_tokens:
+        if self.batch_tokens < 1:
+            raise InputError(f"TrainingConfig(batch_tokens={self.batch_tokens}): must be above 0")
+        if self.tokens < self.batch_tokens:
             raise InputError(f"TrainingConfig(tokens={self.tokens}): less than one batch of {self.batch_tokens} tokens")
         for name in ("learning_rate", "bandwidth", "buffer_bytes", "dead_k", "dead_after"):
             if not getattr(self, name) > 0:
@@ -200,8 +202,9 @@ class TrainingConfig(Settings):
                 raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must be in [0, 1]")
         if not 0 <= self.seed < 1 << 31:
             raise InputError(f"TrainingConfig(seed={self.seed}): needs a whole number in 0..{(1 << 31) - 1}")
-        if self.warmup_steps < 0 or self.dead_weight < 0 or self.balance_weight < 0:
-            raise InputError("TrainingConfig(warmup_steps, dead_weight, balance_weight): must not be negative")
+        for name in ("warmup_steps", "dead_weight", "balance_weight"):
+            if getattr(self, name) < 0:
+                raise InputError(f"TrainingConfig({name}={getattr(self, name)}): must not be negative")
         if self.encoder != "linear":
             self._check_encoder()
 

@@ -206,10 +206,16 @@ def train_end_to_end(
 
 def require_fitting(config: EndToEndConfig, training: TrainingConfig, layers: Sequence[int], processes: int) -> None:
     """Raise `InputError` for what dictionaries of these layers, or processes that share a batch, do not fit."""
-    if not set(config.layers) <= set(layers) or (config.k or 0) > min(training.widths):
+    experts = training.experts if training.encoder == "switch" else 1  # a token fires features of one only
+    if not set(config.layers) <= set(layers) or (config.k or 0) > min(training.widths) // experts:
+        shared = f", a {experts}th of them for a token" if experts > 1 else ""
         raise InputError(
             f"train_end_to_end(layers={config.layers}, k={config.k}): the dictionaries read layers {tuple(layers)} and "
-            f"have {training.n_features} features"
+            f"have {training.n_features} features{shared}"
+        )
+    if training.dead in ("none", "resample") and config.aux_weight not in (0.0, EndToEndConfig.aux_weight):
+        raise InputError(
+            f"train_end_to_end(aux_weight={config.aux_weight}): dead={training.dead!r} has no loss; leave it out"
         )
     if config.documents % processes:
         raise InputError(

@@ -81,6 +81,8 @@ def to_write(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
             f"{path}: not readable JSON ({error}); put it back, or delete all of the folder to start over"
         ) from error
     differ = differences(stored, wanted)
+    if "source" not in differ and stored.get("source"):
+        differ.pop("data", None)  # another name of the same text
     if not differ:
         return None
     finished = (out / "config.json").exists()

@@ -43,8 +43,9 @@ from replacement.training.kinds import Plan, plans, site_of, sites
 from replacement.training.pairs import require_comparable
 from replacement.training.parallel import ALONE, Mesh
 from replacement.training.reconstruction import train
-from replacement.training.report import JSONLog, Listener, Record, dashboard
+from replacement.training.report import JSONLog, Listener, Record, dashboard, dashboard_module
 from replacement.training.source import ActivationSource
+from replacement.training.trainee import require_spreading
 
 
 class Finished(NamedTuple):
@@ -106,6 +107,8 @@ def run(
     bridge = next(iter(bridges.values()))
     planned = plans(config, min(len(one.blocks) for one in bridges.values()), models=tuple(filter(None, bridges)))
     _require(config, end_to_end, planned, checkpoint_every, mesh)
+    for name in dashboards:
+        dashboard_module(name)
     context = min([context, *(int(one.cfg.n_ctx) for one in bridges.values())])
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
     live = _source(bridges, tokens, sites(planned), documents, is_cached=cache is not None)
@@ -145,6 +148,7 @@ def _require(
         raise InputError(
             f"run(batch_tokens={config.batch_tokens}): {processes} processes share a batch; pass a multiple"
         )
+    require_spreading(config, mesh)
     if last is not None:
         require_fitting(last, config, [plan.layer for plan in planned], processes)
 

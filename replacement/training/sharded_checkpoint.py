@@ -50,13 +50,18 @@ def has_checkpoint(path: Path) -> bool:
     return path.exists() or newest(path) is not None
 
 
+def remove_drafts(path: Path) -> None:
+    """Remove steps that are not whole from the folder beside a checkpoint's file."""
+    for draft in folder_of(path).glob("*.part"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 def write_parts(path: Path, parts: Mapping[str, Part], *, metadata: Mapping[str, str], step: int, mesh: Mesh) -> None:
     """Store all parts of a step; all processes call this. Raises OSError or `dcp.api.CheckpointException`."""
     whole = folder_of(path) / f"step-{step:09d}"
     draft = whole.with_suffix(".part")
     if mesh.is_first:
-        for old in folder_of(path).glob("*.part"):  # what a killed run left
-            shutil.rmtree(old)
+        remove_drafts(path)  # what a killed run left
         draft.mkdir(parents=True)
         (draft / _STATE).write_text(json.dumps(dict(metadata)), encoding="utf-8")
     mesh.wait()

@@ -39,6 +39,19 @@ class Losses(NamedTuple):
     errors: dict[str, Float[Tensor, "tokens d_out"]]  #: what the whole dictionaries missed, scaled, constant
 
 
+def require_spreading(config: TrainingConfig, mesh: Mesh) -> None:
+    """Raise `InputError` where processes cannot share the features, or not evenly."""
+    if any(n % mesh.features.size for n in config.widths):
+        raise InputError(
+            f"train(n_features={config.n_features}): {mesh.features.size} processes share the features; pass a multiple"
+        )
+    if config.encoder != "linear" and mesh.features.size > 1:
+        raise InputError(
+            f"train(encoder={config.encoder!r}): {mesh.features.size} processes share the features, and its "
+            "features belong together; leave --feature-shards out, or pass encoder='linear'"
+        )
+
+
 class Trainee(nn.Module):
     """The dictionaries of one run, as far as this process holds them: of every dictionary all that has no feature
     axis, and the features that are its own.
@@ -53,16 +66,7 @@ class Trainee(nn.Module):
         `config.start` says. Raises `InputError` where the features cannot be spread, or not evenly.
         """
         super().__init__()
-        if any(n % mesh.features.size for n in config.widths):
-            raise InputError(
-                f"train(n_features={config.n_features}): {mesh.features.size} processes share the features; "
-                "pass a multiple"
-            )
-        if config.encoder != "linear" and mesh.features.size > 1:
-            raise InputError(
-                f"train(encoder={config.encoder!r}): {mesh.features.size} processes share the features, and its "
-                "features belong together; leave --feature-shards out, or pass encoder='linear'"
-            )
+        require_spreading(config, mesh)
         self.planned, self.config, self.mesh = tuple(planned), config, mesh
         self.sites = kinds.sites(planned)
         self.written = tuple(dict.fromkeys(name for plan in planned for name in plan.writes))

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from replacement.errors import InputError
+from replacement.finite import all_finite
 from replacement.training.data.harvest import require_finite
 from replacement.training.data.storage import Costs, Stored, decode, encode, require_dtype
 from replacement.training.source import Activations, ActivationSource
@@ -161,7 +162,10 @@ class CachedActivations:
         try:
             if self._open[0] != shard:
                 self._open = (shard, safe_open(shard_path(self.folder, shard), framework="pt"))
-            return {site: decode(self._read(site, rows, place), self.dtype) for site in self.sites}
+            found = {site: decode(self._read(site, rows, place), self.dtype) for site in self.sites}
+            if odd := next((site for site, values in found.items() if not all_finite(values)), None):
+                raise ValueError(f"{odd} is not finite")
+            return found
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(
                 f"{shard_path(self.folder, shard)}: is damaged ({_reason(error)}); delete the folder and cache again"

@@ -181,7 +181,7 @@ class TokenStore:
             split = split_of(text)
             ids[split].append(row)
             state.parts[split].documents += 1
-            state.tokens += len(row)
+            state.tokens += len(row) - (self.encoder.start is not None)  # which is no word
             unknown = self.encoder.tokenizer.unk_token_id
             state.unknown += 0 if unknown in (None, self.encoder.start) else int((row == unknown).sum())
         if state.unknown > _MOST_UNKNOWN * state.tokens:
@@ -278,6 +278,6 @@ class _Writing:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, OSError):
             raise InputError(
-                f"{self.folder}: cannot be written ({error.strerror or error}); free space there or pass another "
-                "cache; what was tokenized so far is kept"
+                f"{self.folder}: cannot be written ({error.strerror or error}); free space there, or "
+                "have it elsewhere (XDG_CACHE_HOME); what was tokenized so far is kept"
             ) from error

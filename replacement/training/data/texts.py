@@ -19,6 +19,8 @@ from replacement.errors import InputError
 from replacement.hub import TIMEOUT
 
 HUB_PREFIX = "hf:"
+TEXT_FIELD = "text"
+"""The field of a JSON object, or of a dataset's record, that is read unless another is named."""
 SEPARATOR = "<|endoftext|>"
 """Ends a document of a text file."""
 _BLOCK_BYTES = 1 << 20
@@ -176,6 +178,11 @@ def open_documents(data: str, *, text_field: str) -> Documents:
         )
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         return JSONLines(path, text_field)
+    if text_field != TEXT_FIELD:
+        raise InputError(
+            f"open_tokens(data={data!r}, text_field={text_field!r}): a text file has no fields; leave text_field out, "
+            "or name the file .jsonl"
+        )
     return TextFile(path)
 
 
