@@ -150,7 +150,7 @@ def test_a_last_stage_that_contradicts_the_first_is_refused_before_it(place: Pat
         ("--end-to-end-k", "999"): "k=999",
         ("--end-to-end-seed", str(1 << 40)): "needs a whole number in",
         ("--sparsity", "topk", "--end-to-end-threshold-memory", "0.5"): "belongs to sparsity='batchtopk'",
-        ("--encoder", "switch", "--experts", "8", "--end-to-end-k", "5"): "have 32 features, a 8th of them for a token",
+        ("--encoder", "switch", "--experts", "8", "--end-to-end-k", "5"): "have 32 features, an expert 4",
         ("--dead", "none", "--end-to-end-aux-weight", "0.5"): "dead='none' has no loss; leave it out",
     }.items():
         assert words in error_of(capsys, *command(place, out, *size, "--end-to-end", "2", *wrong))

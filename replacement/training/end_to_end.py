@@ -207,11 +207,12 @@ def train_end_to_end(
 def require_fitting(config: EndToEndConfig, training: TrainingConfig, layers: Sequence[int], processes: int) -> None:
     """Raise `InputError` for what dictionaries of these layers, or processes that share a batch, do not fit."""
     experts = training.experts if training.encoder == "switch" else 1  # a token fires features of one only
-    if not set(config.layers) <= set(layers) or (config.k or 0) > min(training.widths) // experts:
-        shared = f", a {experts}th of them for a token" if experts > 1 else ""
+    most = min(training.widths) // experts
+    if not set(config.layers) <= set(layers) or (config.k or 0) > most:
+        of_one = f", an expert {most}" if experts > 1 else ""
         raise InputError(
             f"train_end_to_end(layers={config.layers}, k={config.k}): the dictionaries read layers {tuple(layers)} and "
-            f"have {training.n_features} features{shared}"
+            f"have {training.n_features} features{of_one}"
         )
     if training.dead in ("none", "resample") and config.aux_weight not in (0.0, EndToEndConfig.aux_weight):
         raise InputError(
