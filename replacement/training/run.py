@@ -106,9 +106,7 @@ def run(
     bridges = _bridges(bridge, end_to_end)
     bridge = next(iter(bridges.values()))
     planned = plans(config, min(len(one.blocks) for one in bridges.values()), models=tuple(filter(None, bridges)))
-    _require(config, end_to_end, planned, checkpoint_every, mesh)
-    for name in dashboards:
-        dashboard_module(name)
+    _require(config, end_to_end, planned, dashboards, checkpoint_every, mesh)
     context = min([context, *(int(one.cfg.n_ctx) for one in bridges.values())])
     tokens = open_tokens(data, model=bridge, context=context, text_field=text_field, seed=config.seed)
     live = _source(bridges, tokens, sites(planned), documents, is_cached=cache is not None)
@@ -138,7 +136,12 @@ def run(
 
 
 def _require(
-    config: TrainingConfig, last: EndToEndConfig | None, planned: Sequence[Plan], every: int, mesh: Mesh
+    config: TrainingConfig,
+    last: EndToEndConfig | None,
+    planned: Sequence[Plan],
+    dashboards: Sequence[str],
+    every: int,
+    mesh: Mesh,
 ) -> None:
     """Raise `InputError` for what would be refused later, when there is work to lose."""
     processes = mesh.data.size
@@ -149,6 +152,8 @@ def _require(
             f"run(batch_tokens={config.batch_tokens}): {processes} processes share a batch; pass a multiple"
         )
     require_spreading(config, mesh)
+    for name in dashboards:
+        dashboard_module(name)
     if last is not None:
         require_fitting(last, config, [plan.layer for plan in planned], processes)
 
