@@ -151,7 +151,7 @@ write_activations(Toy(), Path({str(tmp_path)!r}), batches=4000, shard_bytes=3000
 
 
 def test_a_full_disk_gets_one_line_and_keeps_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    save, calls = cache.save_file, []
+    save, calls = cache.save_tensors, []
 
     def full(tensors: dict, path: Path) -> None:
         calls.append(path)
@@ -160,7 +160,7 @@ def test_a_full_disk_gets_one_line_and_keeps_whole_shards(tmp_path: Path, monkey
             raise OSError(28, "No space left on device")
         save(tensors, path)
 
-    monkeypatch.setattr(cache, "save_file", full)
+    monkeypatch.setattr(cache, "save_tensors", full)
     message = r"cannot write shard 2 \(No space left on device\); 2 whole shards with 41 tokens are kept, run again"
     with pytest.raises(InputError, match=message):
         write_activations(Toy(), tmp_path, batches=9, shard_bytes=1, **SETTINGS)

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from jaxtyping import Shaped
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from replacement.errors import InputError
@@ -57,6 +57,14 @@ def take(tensors: Mapping[str, Tensor], name: str, ndim: int, path: Path) -> Ten
     if tensors[name].ndim != ndim:
         raise InputError(f"{path}: tensor {name} has shape {list(tensors[name].shape)}, needs {ndim} axes")
     return tensors[name]
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file that whoever may read the folder can read: the library makes files for their owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 class Rows(NamedTuple):

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from replacement.errors import InputError
 from replacement.finite import all_finite
+from replacement.formats.tensors import save_tensors
 from replacement.training.config import EndToEndConfig, TrainingConfig
 from replacement.training.folder import ADJUSTABLE, differences
 from replacement.training.parallel import Mesh
@@ -31,7 +31,7 @@ from replacement.training.sharded_checkpoint import (
     newest,
     read_metadata,
     read_parts,
-    remove_drafts,
+    remove_unfinished,
     write_parts,
 )
 from replacement.training.source import Position
@@ -69,10 +69,7 @@ def write_checkpoint(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        part.touch()
-        mode = part.stat().st_mode
-        save_file(copies, part, metadata)
-        part.chmod(mode)  # the library makes files that only their owner can read
+        save_tensors(copies, part, metadata)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -99,7 +96,7 @@ def _write_together(
             path.unlink(missing_ok=True)
     except (OSError, CheckpointException) as error:
         if mesh.is_first:
-            remove_drafts(path)
+            remove_unfinished(path)
         raise _unwritten(path, error) from error
 
 

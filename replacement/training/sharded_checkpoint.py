@@ -50,7 +50,7 @@ def has_checkpoint(path: Path) -> bool:
     return path.exists() or newest(path) is not None
 
 
-def remove_drafts(path: Path) -> None:
+def remove_unfinished(path: Path) -> None:
     """Remove steps that are not whole from the folder beside a checkpoint's file."""
     for draft in folder_of(path).glob("*.part"):
         shutil.rmtree(draft, ignore_errors=True)
@@ -61,7 +61,7 @@ def write_parts(path: Path, parts: Mapping[str, Part], *, metadata: Mapping[str,
     whole = folder_of(path) / f"step-{step:09d}"
     draft = whole.with_suffix(".part")
     if mesh.is_first:
-        remove_drafts(path)  # what a killed run left
+        remove_unfinished(path)  # what a killed run left
         draft.mkdir(parents=True)
         (draft / _STATE).write_text(json.dumps(dict(metadata)), encoding="utf-8")
     mesh.wait()

@@ -18,11 +18,11 @@ import torch
 from filelock import FileLock
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from replacement.errors import InputError
 from replacement.finite import all_finite
+from replacement.formats.tensors import save_tensors
 from replacement.training.data.harvest import require_finite
 from replacement.training.data.storage import Costs, Stored, decode, encode, require_dtype
 from replacement.training.source import Activations, ActivationSource
@@ -251,10 +251,7 @@ def _write_shard(folder: Path, index: CacheIndex, parts: list[dict[str, Stored]]
     path = shard_path(folder, len(index.shards))
     drafts = [path.with_suffix(".part"), folder / _DRAFT]
     try:
-        drafts[0].touch()
-        mode = drafts[0].stat().st_mode
-        save_file(tensors, drafts[0])
-        drafts[0].chmod(mode)  # the library makes files that only their owner can read
+        save_tensors(tensors, drafts[0])
         _replace(drafts[0], path)
         drafts[1].write_text(json.dumps(asdict(new)), encoding="utf-8")
         _replace(drafts[1], folder / _INDEX)
