@@ -1,4 +1,5 @@
-"""What a short training run reaches on atlas: every kind of dictionary with every sparsity, and the trainer's options.
+"""What a short training run reaches on atlas: every kind of dictionary with every sparsity, from random directions and
+from shared clusters, and the trainer's options.
 
     python benchmarks/kinds.py [--kind KIND ...] [--sparsity SPARSITY ...] [--only WORDS ...] [--json FILE]
 
@@ -57,6 +58,7 @@ SETTINGS: dict[str, Any] = {
 DOCUMENTS, BATCHES, HELD_OUT = 64, 45, 4  # rows of one forward pass; such batches of all that a row reads; held out
 FIT_BATCHES = 2  # that the baselines are fitted on
 TABLE = {f"{kind} {sparsity}": {"kind": kind, "sparsity": sparsity} for kind in KINDS for sparsity in SPARSITIES}
+FROM_CLUSTERS = {f"{name}, shared clusters": {**row, "start": "shared_clusters"} for name, row in TABLE.items()}
 OPTIONS: dict[str, dict[str, Any]] = {
     "prefixes 64, 192": {"prefixes": (64, 192)},
     "switch, 8 experts": {"encoder": "switch"},
@@ -201,7 +203,8 @@ BASELINES = {"transcoder": "MLP", "sae": "residual stream", "crosscoder": "resid
 
 def chosen(options: argparse.Namespace) -> dict[str, TrainingConfig]:
     """The rows that were asked for."""
-    every = {name: TrainingConfig(**{**SETTINGS, **changes}) for name, changes in {**TABLE, **OPTIONS}.items()}
+    rows = {**TABLE, **FROM_CLUSTERS, **OPTIONS}
+    every = {name: TrainingConfig(**{**SETTINGS, **changes}) for name, changes in rows.items()}
     return {
         name: config
         for name, config in every.items()

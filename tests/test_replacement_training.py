@@ -69,7 +69,7 @@ def toy_config(**changes: object) -> TrainingConfig:
         "batch_tokens": 64,
         "buffer_bytes": 4 * ToyMLPs.tokens * 2 * N_LAYERS * D_MODEL * 4,
         "warmup_steps": 5,
-        "start": "clusters",
+        "start": "clusters" if changes.get("sparsity", "batchtopk") == "batchtopk" else "shared_clusters",
         "dead_after": 640,
     }
     return TrainingConfig(**{**settings, **changes})  # type: ignore[arg-type]

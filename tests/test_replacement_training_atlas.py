@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
-from benchmarks.kinds import BASELINES, BATCHES, RESULTS, SETTINGS, TABLE, Data, measured, open_data
+from benchmarks.kinds import BASELINES, BATCHES, FROM_CLUSTERS, RESULTS, SETTINGS, TABLE, Data, measured, open_data
 from replacement.training import TrainingConfig
 from replacement.training.config import KINDS, PENALISED, SPARSITIES
 
@@ -54,6 +55,17 @@ def test_training_lowers_fvu_to_the_stated_figure(kind: str, sparsity: str, data
     assert found.fvu <= MARGIN * STATED[kind][SPARSITIES.index(sparsity)]
 
 
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_clusters_that_share_start_and_end_below_random_directions(sparsity: str, data: Data) -> None:
+    """What k of them write together is better than their mean before the first step; at full length each, it would be
+    further from it than nothing, and penalties would stay below their L0.
+    """
+    found = measured(dataclasses.replace(quick("transcoder", sparsity), start="shared_clusters"), data)
+    assert found.start < 1
+    assert found.l0 == pytest.approx(8, rel=0.2)
+    assert found.fvu <= 0.7 * STATED["transcoder"][SPARSITIES.index(sparsity)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["transcoder jumprelu", "sae relu", "clt batchtopk", "crosscoder topk"])
 def test_the_benchmarks_own_figures_hold(name: str, whole: Data) -> None:
@@ -79,3 +91,6 @@ def test_the_stored_table_is_whole_and_within_what_is_wanted() -> None:
         row = stated["rows"][name]
         assert row["fvu"] < least, name
         assert config["sparsity"] not in PENALISED or row["off"] <= 0.1, name
+    for name, other in zip(TABLE, FROM_CLUSTERS, strict=True):
+        assert stated["rows"][other]["fvu"] < 0.8 * stated["rows"][name]["fvu"], other
+        assert stated["rows"][other]["off"] <= 0.1, other

@@ -37,6 +37,8 @@ from tests.test_replacement_training import toy_config
         ({"dead": "ghost", "dead_k": 5}, "belongs to dead='auxk'"),
         ({"sparsity": "relu", "dead_k": 5}, "belongs to sparsity='batchtopk' or 'topk'"),
         ({"sparsity": "topk", "threshold_memory": 0.5}, "belongs to sparsity='batchtopk'"),
+        ({"start": "clusters", "sparsity": "topk"}, "fewer than k may fire; pass start='shared_clusters'"),
+        ({"start": "shared_clusters", "prefixes": (63,)}, "the last must be the largest"),
         ({"balance_weight": float("nan")}, "must be finite"),
         ({"dead_weight": float("nan")}, "must be finite"),
         ({"layers": (1, 0)}, "ascending layers"),

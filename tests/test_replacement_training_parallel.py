@@ -182,7 +182,7 @@ def test_features_start_alike_however_few_are_drawn() -> None:
 
         def rows(own: slice, name: str = name) -> tuple[torch.Tensor, ...]:
             generator = torch.Generator().manual_seed(3)
-            return start(name, x, x, prefixes=(9000,), tied=None, own=own, generator=generator)
+            return start(name, x, x, prefixes=(9000,), k=4, tied=None, own=own, generator=generator)
 
         assert all(
             torch.equal(a[4000:5000], b) for a, b in zip(rows(slice(0, 9000)), rows(slice(4000, 5000)), strict=True)
@@ -191,7 +191,7 @@ def test_features_start_alike_however_few_are_drawn() -> None:
     direction = torch.nn.functional.normalize(drawn, dim=1)
     generator = torch.Generator().manual_seed(3)
     both = torch.cat([x, x], 1)  # a later site is written too
-    found = start("random", x, both, prefixes=(9000,), tied=0.3, own=slice(0, 9000), generator=generator)
+    found = start("random", x, both, prefixes=(9000,), k=4, tied=0.3, own=slice(0, 9000), generator=generator)
     assert torch.equal(found.W_enc, direction)
     assert torch.equal(found.W_dec, 0.3 * direction.repeat(1, 2))
 

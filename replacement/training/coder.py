@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from replacement.training import dead as remedies
-from replacement.training.config import TrainingConfig
+from replacement.training.config import CLUSTERED, TrainingConfig
 from replacement.training.kinds import Plan
 from replacement.training.parallel import Mesh
 from replacement.training.schemes import scheme
@@ -79,12 +79,13 @@ class Coder(nn.Module):
         self.scheme = scheme(config, x.shape[1]).to(x.device)
         self.sparsity = sparsity(config, mesh).to(x.device)
         # clusters are of what a layer's own MLP does; what they are worth to later layers is for training to find
-        own = y[:, :1] if plan.across and config.start == "clusters" else y
+        own = y[:, :1] if plan.across and config.start in CLUSTERED else y
         rows = start(
             config.start,
             x,
             own.flatten(1),
             prefixes=(*config.prefixes, config.width) if not self.scheme.shares_rows else (self.scheme.n_rows,),
+            k=self.sparsity.k,
             tied=self.sparsity.tied_length if self.same else None,
             own=mesh.features.rows_of(self.scheme.n_rows),
             generator=generator,

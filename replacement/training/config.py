@@ -25,8 +25,10 @@ ENCODERS = ("linear", "switch", "kronecker")
 """How features are made of encoder rows; `replacement.training.schemes` holds the meaning."""
 DEAD = ("auxk", "resample", "ghost", "preactivation", "none")
 """What is done for dead features; `replacement.training.dead` holds the meaning."""
-STARTS = ("random", "samples", "clusters")
+STARTS = ("random", "samples", "clusters", "shared_clusters")
 """Where features start; `replacement.training.starts` holds the meaning."""
+CLUSTERED = ("clusters", "shared_clusters")
+"""Those that look for clusters."""
 
 _BELONGS = {
     "site": ("kind", ("sae", "crosscoder", "causal_crosscoder")),
@@ -121,8 +123,9 @@ class TrainingConfig(Settings):
     pairs: tuple[int, int] = (2, 4)
     """Of kronecker: rows a head of either kind; m and n rows make m * n features."""
     start: str = "random"
-    """Where features start: random directions, sampled tokens, or clusters of tokens, with which fewer than k fire: a
-    token is of one cluster at each size.
+    """Where features start: random directions, sampled tokens, or clusters of tokens. With clusters (batchtopk alone)
+    each writes all of its tokens' output, so that fewer than k fire: a token is of one cluster at each size. With
+    shared_clusters k of them fire and each writes its share, which suits tokens that come in kinds.
     """
     skip_starts: float = 0.0
     """Of skip_transcoder: share of the run after which the skip connection starts to learn; 1 leaves it to the
@@ -179,10 +182,10 @@ class TrainingConfig(Settings):
                 "leave n_features itself out"
             )
         sizes = [b - a for a, b in pairwise((0, *self.prefixes, self.n_features))]
-        if self.start == "clusters" and max(sizes) > sizes[-1]:
+        if self.start in CLUSTERED and max(sizes) > sizes[-1]:
             raise InputError(
-                f"TrainingConfig(start='clusters', prefixes={self.prefixes}): its parts have {sizes} features and the "
-                "last must be the largest, since the others merge its clusters; lower the last prefix"
+                f"TrainingConfig(start={self.start!r}, prefixes={self.prefixes}): its parts have {sizes} features and "
+                "the last must be the largest, since the others merge its clusters; lower the last prefix"
             )
         if self.k == () or any(not 0 < k <= self.n_features for k in self._all_k):
             raise InputError(f"TrainingConfig(k={self.k}): needs between 1 and n_features = {self.n_features}")
@@ -220,6 +223,11 @@ class TrainingConfig(Settings):
         if self.sparsity in PENALISED and self.dead_k != type(self).dead_k:
             raise InputError(
                 f"TrainingConfig(dead_k={self.dead_k}): belongs to sparsity='batchtopk' or 'topk'; leave it out"
+            )
+        if self.start == "clusters" and self.sparsity != "batchtopk":  # k features would each write a whole output
+            raise InputError(
+                f"TrainingConfig(start='clusters', sparsity={self.sparsity!r}): belongs to sparsity='batchtopk', with "
+                "which fewer than k may fire; pass start='shared_clusters'"
             )
 
     def _check_each(self) -> None:

@@ -1,4 +1,4 @@
-"""Where features start: random directions, sampled tokens, or clusters of tokens.
+"""Where features start: random directions, sampled tokens, or clusters of tokens, alone or sharing what they write.
 
 Works on scaled activations of one dictionary: what it reads and what it should write, each site side by side. Knows
 nothing of training.
@@ -70,6 +70,7 @@ _STARTS: dict[str, Callable[[Tensor, Tensor, list[int], float | None, slice, tor
     "random": _random,
     "samples": _samples,
     "clusters": _clusters,
+    "shared_clusters": _clusters,
 }
 
 
@@ -79,15 +80,17 @@ def start(
     y: Float[Tensor, "tokens d_out"],
     *,
     prefixes: tuple[int, ...],
+    k: int,
     tied: float | None,
     own: slice,
     generator: torch.Generator,
 ) -> Detectors:
     """Encoder rows and biases, and decoder rows, to start from.
 
-    prefixes: sizes of the nested dictionaries, the whole one last. tied: where what is written is what is read, the
-    length of random decoder rows that start as their encoder rows. own: the features wanted; the generator moves as for
-    all of them.
+    prefixes: sizes of the nested dictionaries, the whole one last. k: features that fire at a token, among which shared
+    clusters divide what they write. tied: where what is written is what is read, the length of random decoder rows that
+    start as their encoder rows. own: the features wanted; the generator moves as for all of them.
     """
     sizes = [b - a for a, b in pairwise((0, *prefixes))]
-    return _STARTS[name](x, y, sizes, tied, own, generator)
+    rows = _STARTS[name](x, y, sizes, tied, own, generator)
+    return rows._replace(W_dec=rows.W_dec / k) if name == "shared_clusters" else rows
