@@ -20,6 +20,7 @@ from replacement.training import (
     Trainee,
     TrainingConfig,
     plans,
+    starts,
     train,
     train_end_to_end,
 )
@@ -79,12 +80,14 @@ def trained(source, config: TrainingConfig, **options: object) -> Trainee:
     return train(source, plans(config, N_LAYERS), config=config, show_progress=False, **options)  # type: ignore[arg-type]
 
 
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path) -> None:
-    """Stopping and going on changes no bit: batches, samples and learning rates are functions of the step."""
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch) -> None:
+    """Stopping and going on changes no bit: batches, samples and learning rates are functions of the step. Nor does it
+    look for clusters again."""
     config, source = toy_config(kind="skip_transcoder", prefixes=(16,)), ToyMLPs()
     whole = trained(source, config)
     path = tmp_path / "run.safetensors"
     trained(source, config, checkpoint=path, checkpoint_every=7, stop_after=23)
+    monkeypatch.setattr(starts, "cluster_detectors", None)
     resumed = trained(source, config, checkpoint=path)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name

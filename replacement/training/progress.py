@@ -1,6 +1,8 @@
-"""The progress bar of long work, on stderr."""
+"""The progress bar of long work, on stderr, and a line for work whose length is not known."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -25,6 +27,11 @@ class _Bar(BarColumn):
         least, most = _WIDTHS
         self.bar_width = min(max(left, least), most)
         return super().render(task)
+
+
+def waiting(words: str, *, show: bool) -> AbstractContextManager[object]:
+    """A line with these words on a terminal's stderr, until the work is done."""
+    return Console(stderr=True).status(words) if show else nullcontext()
 
 
 def progress_bar(*, show: bool, figure_width: int = 0) -> Progress:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from replacement.errors import InputError
 from replacement.training.checkpoint import read_checkpoint, write_checkpoint
-from replacement.training.config import START_TOKENS, TrainingConfig
+from replacement.training.config import CLUSTERED, START_TOKENS, TrainingConfig
 from replacement.training.kinds import Plan
 from replacement.training.parallel import ALONE, Mesh
+from replacement.training.progress import waiting
 from replacement.training.report import Clock, Listener, Record
 from replacement.training.sharded_checkpoint import has_checkpoint
 from replacement.training.source import Activations, ActivationSource, Stream
@@ -24,6 +25,7 @@ from replacement.training.trainee import Losses, Trainee, side_by_side
 from replacement.training.watching import watched
 
 _CALIBRATION_TOKENS = 4096
+_WORDS = "filling the buffer", "filling the buffer, looking for clusters"
 _CLIP = 1.0  # largest norm of the gradient
 
 
@@ -56,10 +58,12 @@ def train(
     """
     sizes: Any = {name: getattr(config, name) for name in ("buffer_bytes", "batch_tokens", "seed")}
     stream = Stream(source, **sizes, tokens=config.tokens_read, mesh=mesh, device=device)
-    trainee = Trainee(planned, stream.sample(START_TOKENS), config, mesh)
+    goes_on = checkpoint is not None and has_checkpoint(checkpoint)
+    with waiting(_WORDS[config.start in CLUSTERED and not goes_on], show=show_progress and mesh.is_first):
+        trainee = Trainee(planned, stream.sample(START_TOKENS), config, mesh, loaded=goes_on)
     optimizer = torch.optim.Adam(trainee.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
     done = 0
-    if checkpoint is not None and has_checkpoint(checkpoint):
+    if checkpoint is not None and goes_on:
         done, stream.position = read_checkpoint(checkpoint, trainee=trainee, optimizer=optimizer, config=config)
     last = config.steps if stop_after is None else min(stop_after, config.steps)
     clock = Clock()

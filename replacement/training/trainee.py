@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -60,10 +61,19 @@ class Trainee(nn.Module):
     scale: Tensor  # [n_sites], activations times it have norm sqrt(width) on average
 
     def __init__(
-        self, planned: Sequence[Plan], sample: Activations, config: TrainingConfig, mesh: Mesh = ALONE
+        self,
+        planned: Sequence[Plan],
+        sample: Activations,
+        config: TrainingConfig,
+        mesh: Mesh = ALONE,
+        *,
+        loaded: bool = False,
     ) -> None:
         """Start from a sample of activations, the same in all processes: scales and output means from it, features as
-        `config.start` says. Raises `InputError` where the features cannot be spread, or not evenly.
+        `config.start` says.
+
+        loaded: whether a checkpoint's tensors will take the place of all, so that none need be looked for. Raises
+        `InputError` where the features cannot be spread, or not evenly.
         """
         super().__init__()
         require_spreading(config, mesh)
@@ -87,7 +97,7 @@ class Trainee(nn.Module):
                 plan,
                 torch.cat([scaled[name] for name in plan.reads], 1),
                 torch.stack([scaled[name] for name in plan.writes], 1),
-                config=config.of(index, len(planned)),
+                config=replace(config.of(index, len(planned)), start="random" if loaded else config.start),
                 shared=sum(plan.writes[-1] in other.writes for other in planned),
                 mesh=mesh,
             )
