@@ -68,6 +68,7 @@ def test_every_kind_is_trained_by_one_command(kind: str, place: Path, tmp_path: 
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     stage = [record["fvu"] for record in records if record["stage"] == "reconstruction"]
     assert stage[-1] < stage[0] and records[-1]["stage"] == "end to end" and records[-1]["kl"] > 0
+    assert records[-1]["tokens"] == 3 * 32 * 15  # no start tokens, of which every row of 16 has one
     capsys.readouterr()
     if kind in ("transcoder", "skip_transcoder", "clt"):
         traced = ["trace", PROMPT, "--model", str(place / "model"), "--dictionaries", str(out)]
@@ -149,6 +150,14 @@ def test_a_killed_run_goes_on_bit_for_bit(place: Path, tmp_path: Path) -> None:
 
 def dictionaries_of(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("inside", ["run", "run/cache", "run/../run/a/b"])
+def test_a_cache_in_the_runs_own_folder_is_refused(inside: str, place: Path, tmp_path: Path, capsys) -> None:
+    """The folder would be a stranger's at its own next look: nothing of it is made."""
+    assert main(command(place, tmp_path / "run", "--cache", str(tmp_path / inside))) == 2
+    assert "lies in the run's own folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_cache_stands_for_the_model(place: Path, tmp_path: Path, capsys, monkeypatch) -> None:

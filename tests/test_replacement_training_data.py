@@ -318,6 +318,7 @@ def test_damaged_tokens_are_told(bridge, stories: Path, tmp_path: Path):
         ),
         ("<|endoftext|>".join(["quick"] * 200), {}, "100% of its tokens are words that the model's vocabulary lacks"),
         (words(100, 0), {"text_field": "body"}, "a text file has no fields; leave text_field out"),
+        (words(100, 0), {"data": "atlas", "text_field": "body"}, "a generator has no fields; leave it out"),
         (words(100, 0), {"context": 99}, r"open_tokens\(context=99\): the model takes 2 to 32 tokens"),
         (words(100, 0), {"split": "test"}, "needs one of train, held_out"),
     ],
@@ -326,7 +327,8 @@ def test_unusable_text_gets_one_line(bridge, tmp_path: Path, text: str, argument
     path = tmp_path / "text.txt"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
-        open_tokens(str(path), **{"model": bridge, "context": CONTEXT, "cache": tmp_path / "cache", **arguments})
+        settings = {"data": str(path), "model": bridge, "context": CONTEXT, "cache": tmp_path / "cache"}
+        open_tokens(**{**settings, **arguments})
 
 
 # ---- streams and atlas

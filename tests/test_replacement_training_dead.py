@@ -196,3 +196,10 @@ def test_dead_features_start_again_when_it_is_time() -> None:
         for before, after in ((old.W_enc, new.W_enc), (old.W_dec, new.W_dec)):
             assert torch.equal(before[~fresh], after[~fresh])
             assert (before[fresh] != after[fresh]).flatten(1).any(1).all()
+
+
+def test_the_share_of_dead_features_is_of_all_features() -> None:
+    """However many each dictionary has."""
+    trainee, _ = toy_trainee(n_features=(48, 16))
+    next(iter(trainee)).since_fired.fill_(1e6)
+    assert trainee.dead().item() == 0.75

@@ -266,6 +266,7 @@ def _poison(tensors: dict[str, torch.Tensor]) -> None:
         (None, {"step": "two"}, "does not say which step it is of"),
         (None, {"position": "[1"}, "does not say which step it is of"),
         (None, {"position": "[1]"}, "does not say which step it is of"),
+        (None, {"position": "[99, -3]"}, "does not say which step it is of"),
         (None, {"config": "{"}, "made with other settings"),
     ],
 )

@@ -230,7 +230,10 @@ def _require_moments(path: Path, tensors: dict[str, Tensor], trainee: Trainee) -
 def _reached(path: Path, metadata: dict[str, str]) -> tuple[int, Position]:
     try:
         block, place = json.loads(metadata["position"])
-        return int(metadata["step"]), Position(int(block), int(place))
+        step, position = int(metadata["step"]), Position(int(block), int(place))
+        if min(step, *position) < 0:
+            raise ValueError(f"step {step}, {position}")
+        return step, position
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"read_checkpoint({path}): does not say which step it is of ({error}); delete it to start over"

@@ -241,12 +241,12 @@ def _update(
 ) -> Record:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     where = batch.answer | (torch.rand(batch.answer.shape, generator=generator) < config.other_share)
-    seen = batch.tokens.numel()
     data = trainee.mesh.data
     batch, where = TokenBatch(*(each[data.place :: data.size] for each in batch)), where[data.place :: data.size]
     with torch.no_grad():
         wanted, activations = model.original(batch.tokens, where)
-    trainee.use(trainee.mesh.with_runs(len(next(iter(activations.values()))) // len(batch.tokens)))
+    own = len(next(iter(activations.values())))
+    trainee.use(trainee.mesh.with_runs(own // len(batch.tokens)))
     forward = _Forward(trainee, activations, config=config, generator=generator)
     kl = _divergence(model.replaced(batch.tokens, where, forward), wanted, data).to(trainee.device)
     total = config.kl_weight * kl + torch.stack(forward.losses).sum() / len(trainee.written)
@@ -271,6 +271,7 @@ def _update(
     trainee.settle_gradients(longest=1.0)
     optimizer.step()
     trainee.nudge()
+    seen = own * data.size  # as many in each process
     seconds, speed = clock.tick(seen)
     return Record(
         stage="end to end",

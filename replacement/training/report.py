@@ -24,11 +24,11 @@ class Record(NamedTuple):
     stage: str
     step: int  #: steps done
     steps: int  #: steps of the stage
-    tokens: int  #: tokens seen
+    tokens: int  #: tokens that dictionaries stood at; end to end as if all batches had as many as this one
     loss: float
     fvu: float  #: of the batch, mean over written sites
     l0: float  #: features a token, mean over dictionaries
-    dead: float  #: share of features that have not fired for long
+    dead: float  #: share of all features that have not fired for long
     learning_rate: float
     seconds: float  #: since the stage began or went on
     tokens_per_second: float

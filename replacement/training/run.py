@@ -113,7 +113,7 @@ def run(
     rest = {"model": model, "data": data, "text_field": text_field, "context": context, "documents": documents}
     settings = _settings(config, end_to_end, bridge, **rest, activations=cache_dtype, source=live.origin)
     folder.to_write(out, settings)
-    fill = _opened(live, cache, cache_dtype, model)
+    fill = _opened(live, cache, cache_dtype, model, out)
     mesh.wait()  # all have looked at the folder
     with folder.held(out, by_this=mesh.is_first):  # everything could be opened: from here on the folder is this run's
         if mesh.is_first and (new := folder.to_write(out, settings)) is not None:
@@ -183,10 +183,14 @@ def _source(
 
 
 def _opened(
-    source: BridgeActivations | JointActivations, cache: Path | None, dtype: str, model: str
+    source: BridgeActivations | JointActivations, cache: Path | None, dtype: str, model: str, out: Path
 ) -> Callable[..., ActivationSource]:
-    """What gives a run its activations once it begins; raises `InputError` where a cache holds something else."""
+    """What gives a run its activations once it begins; raises `InputError` where a cache holds something else, or lies
+    in the run's folder, which would be a stranger's once the cache is made.
+    """
     if cache is not None:
+        if out.resolve() in (cache.resolve(), *cache.resolve().parents):
+            raise InputError(f"run(cache={str(cache)!r}): lies in the run's own folder {out}; pass a folder beside it")
         held = open_cache(source, cache, dtype=dtype, model=model, fingerprint=source.fingerprint)
         return partial(fill_cache, source, cache, held=held)
     if dtype != "bfloat16":

@@ -240,7 +240,7 @@ class Trainee(nn.Module):
 
     def dead(self) -> Float[Tensor, ""]:
         """Share of features, of all processes, that have not fired for long."""
-        own = torch.stack([coder.is_dead().float().mean() for coder in self]).mean()
+        own = torch.cat([coder.is_dead() for coder in self]).float().mean()
         return self.mesh.features.average(own)
 
     def nudge(self) -> None:

@@ -15,7 +15,7 @@ from replacement.training.data.filling import fill_cache
 from replacement.training.data.harvest import BridgeActivations, JointActivations
 from replacement.training.data.packing import SPLITS, Encoder, TokenStore
 from replacement.training.data.storage import storage_cost
-from replacement.training.data.texts import HubDataset, open_documents
+from replacement.training.data.texts import TEXT_FIELD, HubDataset, open_documents
 from replacement.training.data.tokens import AtlasTokens, PackedTokens, StreamedTokens, TokenSource
 
 __all__ = [
@@ -61,6 +61,10 @@ def open_tokens(
     if not 2 <= context <= longest:
         raise InputError(f"open_tokens(context={context}): the model takes 2 to {longest} tokens; pass one of these")
     if data in ("atlas", "atlas-changed"):
+        if text_field != TEXT_FIELD:
+            raise InputError(
+                f"open_tokens(data={data!r}, text_field={text_field!r}): a generator has no fields; leave it out"
+            )
         return AtlasTokens(model, context=context, split=split, seed=seed, changed=data == "atlas-changed")
     documents, encoder = open_documents(data, text_field=text_field), Encoder.of(model)
     key = hashlib.sha256(json.dumps([documents.identity, encoder.fingerprint(), context]).encode()).hexdigest()[:16]

@@ -80,7 +80,8 @@ class Sparsity(nn.Module, abc.ABC):
     """How features are kept few.
 
     Law: what the exported activation function gives on the exported encoder is what `activations` gave in training,
-    times the norm of the feature's decoder row where rows are exported with norm 1.
+    times the norm of the feature's decoder row where rows are exported with norm 1; but for features so near to their
+    threshold that the choice in bfloat16 (`select_above`) takes them for above or below it.
 
     Where several processes hold the features, each has some of them, and of a batch it may see a share of the tokens;
     what is chosen, penalised and remembered is nevertheless what one process would choose for all. Its own tensors
